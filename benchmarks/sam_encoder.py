@@ -1,0 +1,140 @@
+"""SAM's image encoders: ours against the publishers' own, on the same weights, in turn, in one run.
+
+    python benchmarks/sam_encoder.py [--family vit_b] [--repeats 3] [--exact]
+
+Prints for each: median seconds of wall and processor time with their ratios to the publisher's, arithmetic as a share
+of what a plain matrix product reaches here, the largest difference relative to the largest value, and the peak memory
+of a call (in a process of its own). `--exact` adds the forward and backward pass to the image's gradient, which the
+publisher's ViT needs 10 GB for: it is then measured for ours alone, with and without activation checkpointing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ultrarefiner.models.sam import load_sam
+
+
+def own_encoder(family: str, checkpointing: bool = False) -> nn.Module:
+    """Ours, frozen; random weights but for litemedsam, whose real ones are at hand."""
+    return load_sam(family, random_init=family != "litemedsam", checkpointing=checkpointing).image_encoder
+
+
+def publishers_encoder(family: str) -> nn.Module:
+    """The publisher's, with the same weights."""
+    if family == "litemedsam":
+        from ultrarefiner.models.sam_lite import lite_model
+
+        reference = lite_model().image_encoder
+    else:
+        from segment_anything import sam_model_registry
+
+        reference = sam_model_registry["vit_b" if family == "medsam" else family]().image_encoder
+    reference.load_state_dict(own_encoder(family).state_dict())
+    return reference.eval().requires_grad_(False)
+
+
+BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "publisher": publishers_encoder,
+    "ours": own_encoder,
+    "ours, checkpointing": lambda family: own_encoder(family, checkpointing=True),
+}
+
+
+def call(encoder: nn.Module, image: Tensor, exact: bool) -> Tensor:
+    """One forward pass, or one forward and backward pass."""
+    if not exact:
+        with torch.no_grad():
+            return encoder(image)
+    image = image.clone().requires_grad_()
+    encoder(image).sum().backward()
+    assert image.grad is not None
+    return image.grad
+
+
+def example(encoder: nn.Module) -> Tensor:
+    """A normalised image of the encoder's size."""
+    size = encoder.img_size
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+
+
+def peak_memory(name: str, family: str, exact: bool) -> float:
+    """GB that a call adds at its peak to what the process held before it; run in a process of its own, on Linux."""
+    encoder = BUILDERS[name](family)
+    image = example(encoder)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _kilobytes("VmRSS")
+    call(encoder, image, exact)
+    return (_kilobytes("VmHWM") - before) / 2**20
+
+
+def _kilobytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one run on the wall, and of the processor: the latter is less disturbed by other programs."""
+    start, processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - processor
+
+
+def compare(family: str, names: list[str], exact: bool, repeats: int) -> None:
+    """Measure in turn, so that whatever else the machine does falls on all alike; print one line for each."""
+    encoders = {name: BUILDERS[name](family) for name in names}
+    image = example(encoders[names[0]])
+    left, right = torch.rand(4096, 768), torch.rand(768, 3072)
+    with FlopCounterMode(display=False) as counter:  # the first call also warms up
+        results = {names[0]: call(encoders[names[0]], image, exact)}
+    results |= {name: call(encoders[name], image, exact) for name in names[1:]}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    product: list[float] = []
+    for _ in range(repeats):
+        product.append(timed(lambda: [left @ right for _ in range(20)])[0] / 20)
+        for name, encoder in encoders.items():
+            seconds[name].append(timed(lambda encoder=encoder: call(encoder, image, exact)))  # type: ignore[misc]
+    rate = 2 * 4096 * 768 * 3072 / statistics.median(product)
+    print(f"\n{family}, {'forward and backward to the image' if exact else 'forward'}, {repeats} repeats")
+    print(f"  {torch.get_num_threads()} threads, whose matrix product reaches {rate / 1e9:.0f} GFLOP/s")
+    for name in names:
+        wall, processor = (statistics.median(times) for times in zip(*seconds[name], strict=True))
+        first = [statistics.median(times) for times in zip(*seconds[names[0]], strict=True)]
+        difference = (results[name] - results[names[0]]).abs().max() / results[names[0]].abs().max()
+        share = "" if exact else f"  {counter.get_total_flops() / wall / rate:.2f} of the matrix product's rate"
+        print(
+            f"  {name:20} {wall:7.2f} s ({wall / first[0]:.3f})  processor {processor:7.2f} s "
+            f"({processor / first[1]:.3f}){share}  difference {difference:.1e}",
+            flush=True,
+        )
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in names:
+            memory = processes.submit(peak_memory, name, family, exact).result()
+            print(f"  {name:20} peak memory +{memory:.2f} GB", flush=True)
+
+
+def main() -> None:
+    """Read the options and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="vit_b", choices=["vit_b", "vit_l", "vit_h", "medsam", "litemedsam"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--exact", action="store_true")
+    options = parser.parse_args()
+    compare(options.family, ["publisher", "ours"], False, options.repeats)
+    if options.exact:
+        names = ["ours", "ours, checkpointing"]
+        compare(
+            options.family, ["publisher", *names] if options.family == "litemedsam" else names, True, options.repeats
+        )
+
+
+if __name__ == "__main__":
+    main()

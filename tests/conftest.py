@@ -1,0 +1,91 @@
+"""What the tests share."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
+
+from ultrarefiner import cli, config, train
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real BUS-BRA and BUSI images, which a user's clone does not have."""
+    folder = Path(os.environ.get("ULTRAREFINER_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("needs BUS-BRA and BUSI: set ULTRAREFINER_TEST_DATA to a folder with BUSBRA/ and BUSI_sample/")
+    return folder
+
+
+MICRO = [
+    "dataset.reader.cases=20",
+    "dataset.reader.size=64",
+    "model.image_size=64",
+    "model.schedule.coarse.epochs=2",
+    "model.schedule.sam.epochs=1",
+    "model.schedule.e2e.epochs=2",
+    "trainer.progress_bar=false",
+]
+"""The embedded default, so small that all three phases take seconds: what it learns is not the point."""
+
+
+def compose(*overrides: str, micro: bool = True) -> DictConfig:
+    """The configuration of a command line, without Hydra's own entry point."""
+    config.register()
+    Plugins.instance().register(cli.ExperimentsPath)
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return hydra_compose("train", [*(MICRO if micro else []), *overrides])
+
+
+@dataclass
+class Finished:
+    """What a command left: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `python -m ultrarefiner.train ...` inside this process."""
+
+    def run(*arguments: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["ultrarefiner-train", *arguments])
+        capsys.readouterr()
+        status = 0
+        message = ""
+        try:
+            train.main()
+        except SystemExit as end:
+            # A text as status is what the interpreter prints on stderr, with status 1.
+            status = end.code if isinstance(end.code, int) else 1
+            message = end.code if isinstance(end.code, str) else ""
+        finally:
+            GlobalHydra.instance().clear()
+        printed = capsys.readouterr()
+        return Finished(status, printed.out, printed.err + message)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory) -> Path:
+    """An output_root in which all three phases of the micro experiment are finished."""
+    from ultrarefiner.experiment import run
+
+    root = tmp_path_factory.mktemp("finished")
+    run(compose(f"output_root={root}"))
+    return root

@@ -1,0 +1,149 @@
+"""From the configuration to objects: data, networks, phases."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.errors import UserError
+from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.models.lora import add_lora
+from ultrarefiner.phases.phase import Phase
+from ultrarefiner.refine.refiner import Refiner
+
+# Keys of a phase that say where its data and its starting weights come from; the rest are its class's arguments.
+SOURCES = ("failures", "softness", "real_ratio", "parts", "coarse", "sam", "coarse_checkpoint", "sam_checkpoint")
+
+
+def build(node: Any, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a configuration node by its `_target_`, with errors that name its key.
+
+    Raises:
+        UserError: the class refuses a value, or takes no such argument. Any other error is one of the class's own.
+    """
+    node = plain(node)
+    try:
+        return instantiate(node, *args, **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and _of_the_call(cause)):
+            raise UserError(f"{key}: {node['_target_']} says: {cause}") from error
+        raise
+
+
+def _of_the_call(error: TypeError) -> bool:
+    """Whether the arguments did not fit, so that nothing of the called function has run."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "hydra" in Path(trace.tb_frame.f_code.co_filename).parts
+
+
+def plain(node: Any) -> Any:
+    """A configuration node as plain containers, interpolations resolved; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def build_option(cfg: DictConfig, group: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate the chosen option of a group; its `name` is ours, not an argument of its class."""
+    node = {key: value for key, value in plain(cfg[group]).items() if key != "name" and key not in SOURCES}
+    return build(node, group, *args, **kwargs)
+
+
+def build_data(cfg: DictConfig, kind: type[Phase]) -> DataModule:
+    """The cases of the configured fold, and their loaders."""
+    dataset = cfg.dataset
+    return DataModule(
+        build(dataset.reader, "dataset.reader"),
+        fold=cfg.fold,
+        folds=dataset.folds,
+        seed=cfg.seed,
+        image_size=cfg.model.image_size,
+        coarse_size=cfg.model.coarse_size,
+        batch_size=cfg.phase.batch_size,
+        num_workers=cfg.trainer.num_workers,
+        augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
+        simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
+        frame=kind.frame,
+        cache_dir=Path(cfg.output_root).expanduser() / "cache",
+        limit=dict(dataset.limit),
+        include_normal=dataset.include_normal,
+        test_fraction=dataset.test_fraction,
+        split_seed=dataset.split_seed,
+        without=plain(dataset.without),
+    )
+
+
+def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -> Phase:
+    """The phase around its networks, which have the model's own starting weights.
+
+    Args:
+        cfg: the composed configuration.
+        kind: the class of the phase.
+        files: publishers' weights in place of the model's own, of "coarse" or "sam".
+    """
+    coarse = refiner = gate = None
+    # Each network gets random numbers of its own: what Phase 3 builds must not depend on what was built before.
+    if "model.coarse" in kind.defined_by:
+        pl.seed_everything(cfg.seed, verbose=False)
+        coarse = build_coarse(cfg, files.get("coarse"))
+    if "model.sam" in kind.defined_by:
+        pl.seed_everything(cfg.seed, verbose=False)
+        refiner, gate = build_refiner(cfg, files.get("sam"))
+    extra = {"protection": build_option(cfg, "protection")} if "protection" in kind.defined_by else {}
+    optimizer = build({**plain(cfg.phase.optimizer), "_partial_": True}, "phase.optimizer")
+    phase: Phase = build_option(cfg, "phase", Cascade(coarse, refiner, gate), optimizer=optimizer, **extra)
+    try:
+        phase.optimizer(phase.groups())  # its arguments are wrong now or after an hour of earlier phases
+    except (TypeError, ValueError) as error:
+        raise UserError(f"phase.optimizer: {cfg.phase.optimizer._target_} says: {error}") from error
+    phase.seed = cfg.seed
+    return phase
+
+
+def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
+    """The coarse network, with the weights of a file where one is given."""
+    coarse = build(cfg.model.coarse, "model.coarse")
+    weights = file or cfg.model.coarse_weights
+    if weights is not None:
+        (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
+    return coarse
+
+
+def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn.Module]:
+    """SAM in its pipeline, and the gate behind it."""
+    node = plain(cfg.model.sam) | ({} if file is None else {"checkpoint": str(file)})
+    sam = build(node | ({"checkpointing": True} if cfg.model.checkpointing else {}), "model.sam")
+    sam.set_trainable(**cfg.model.train)
+    if cfg.model.lora.rank:
+        add_lora(sam, **plain(cfg.model.lora))
+    refiner = build(
+        {
+            "_target_": "ultrarefiner.refine.refiner.Refiner",
+            "selection_temperature": cfg.model.selection_temperature,
+            "gradient": cfg.model.gradient,
+        },
+        "model",
+        sam,
+        build_option(cfg, "roi"),
+        build_option(cfg, "prompt_style"),
+    )
+    return refiner, build_option(cfg, "gate")
+
+
+def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
+    cascade = phase.cascade
+    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
+    parts = {"coarse": {"cascade.coarse.": cascade.coarse}}
+    parts["sam"] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in parts[name].items():
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

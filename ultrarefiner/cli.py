@@ -1,0 +1,117 @@
+"""What every entry point shares: Hydra with our search path, help in our own words, errors in one sentence.
+
+Imports neither torch nor anything that does.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ultrarefiner import config
+from ultrarefiner.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+# In the wheel conf/ and experiments/ lie inside the package, in a checkout beside it.
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+CONF = HOME / "conf"
+
+
+class ExperimentsPath(SearchPathPlugin):
+    """Makes experiments/ a config group: `+experiments=name`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder that holds experiments/ behind conf/."""
+        search_path.append("ultrarefiner", f"file://{HOME}")
+
+
+def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Callable[[], str]) -> None:
+    """Compose the configuration from the command line and run `task` on it, once or as a sweep.
+
+    A mistake of the user ends with one sentence on stderr and status 1, an interrupt with status 130; anything else is
+    a bug and keeps its stack trace.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    config.register()
+    Plugins.instance().register(ExperimentsPath)
+    # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def guarded(cfg: DictConfig) -> object:
+        try:
+            return task(cfg)
+        except UserError as error:
+            # A job of a sweep fails for itself and leaves the others alone; a single run is over.
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            sys.exit(f"error: {error}")
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explain(error)}")
+
+
+def explain(error: BaseException) -> str:
+    """The error of a user, of Hydra or of OmegaConf as one sentence that names the key and says what to do."""
+    if isinstance(error, UserError):
+        return str(error)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    text = str(error)
+    if options := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*((?:\t.+\n?)+)", text):
+        names = [name for name in options[3].split() if not name.startswith("schema")]
+        return f"{options[2]}={options[1].rpartition('/')[2]} is not there; choose one of {', '.join(names)}"
+    if missing := re.search(r"Could not find '([^']+)'", text):
+        return f"{missing[1]} is not there; --help lists what is"
+    if isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or cause.key or "")
+        reason = str(cause.msg or cause).splitlines()[0]
+        if re.match(r"Key '.*' (not in|is not in struct)", reason):
+            siblings = [str(name) for name in cause.parent_node] if cause.parent_node is not None else []
+            return f"there is no key {key}{_suggest(key, siblings)}; `--cfg job` prints all of them"
+        # Hydra names the override, OmegaConf the key.
+        where = re.match(r"Error merging override (.+)", text)
+        return f"{where[1] if where else key}: {reason}"
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _suggest(key: str, siblings: list[str]) -> str:
+    parent, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(name, siblings, n=1)
+    return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
+
+
+def help_page(introduction: str, groups: Mapping[str, str], values: str) -> str:
+    """An introduction, the options of some groups (name -> note) with what their files say of them, and a tail."""
+    lines = [introduction, ""]
+    for group, note in groups.items():
+        folder = HOME / group[1:] if group.startswith("+") else CONF / group
+        lines += [f"{group}: {note}", *(f"  {name:<12} {comment}" for name, comment in describe_options(folder)), ""]
+    return "\n".join([*lines, values])
+
+
+def describe_options(folder: Path) -> list[tuple[str, str]]:
+    """(option, its first comment line) for each YAML file of a config group."""
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line.lstrip("# ") for line in lines if line.startswith("# ") and not line.startswith("# @package")]
+        found.append((path.stem, comments[0] if comments else ""))
+    return found

@@ -1,0 +1,1 @@
+"""Cases, readers, folds, simulated coarse masks, and the loaders made of them."""

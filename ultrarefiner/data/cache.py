@@ -1,0 +1,194 @@
+"""Decoded frames on disk as memory-mapped arrays, so that an epoch decodes nothing.
+
+``<cache_dir>/<data set>-<fingerprint>/`` holds the index of the data set and, for each size S, ``images-S.npy``
+(N, S, S) uint8, ``masks-S.npy`` (N, S·⌈S/8⌉) uint8 with one bit a pixel, and ``frames-S.json`` with their checksums.
+Each is written under another name and then renamed, the file that vouches for the others last: a killed build leaves
+nothing that looks whole. The folder's name follows from the data, so data that changed are built anew.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from jaxtyping import Bool, UInt8
+
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.duplicates import SIGNATURE_SIZE, signature
+from ultrarefiner.data.images import mask_to_square, to_square
+from ultrarefiner.data.index import VERSION, Entry, Index, fingerprint, read_entry
+from ultrarefiner.data.readers import Reader
+from ultrarefiner.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Frames:
+    """The frames and masks of all cases at one size. Opened where it is used: pickles as two paths.
+
+    Args:
+        folder: the cache's folder of one data set.
+        size: side of the frames in px.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        self.size = size
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    def image(self, position: int) -> UInt8[np.ndarray, "S S"]:
+        """A copy of the frame of the case at ``position`` in `Reader.cases`."""
+        return np.array(self._open()[0][position])
+
+    def mask(self, position: int) -> Bool[np.ndarray, "S S"]:
+        """Its lesion mask."""
+        bits = np.unpackbits(self._open()[1][position].reshape(self.size, -1), axis=1, count=self.size)
+        return bits.view(bool)
+
+    def _open(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._arrays is None:
+            images, masks = _array_files(self.folder, self.size)
+            self._arrays = np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r")
+        return self._arrays
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_arrays": None}  # a memory map would be pickled as the whole array
+
+
+class UnusableFiles(UserError):
+    """Files that have to be corrected before anything is cached: one sentence for each."""
+
+    def __init__(self, sentences: Sequence[str]) -> None:
+        self.sentences = tuple(sentences)
+        more = len(self.sentences) - 1
+        hint = (
+            f" ({more} more file{'s' if more > 1 else ''} to correct: ultrarefiner.prepare lists them.)" if more else ""
+        )
+        super().__init__(self.sentences[0] + hint)
+
+
+def cache_folder(reader: Reader, mark: str, cache_dir: Path) -> Path:
+    """Where the cache of a data set with this fingerprint lies."""
+    return Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9+_-]', '_', reader.name)[:60]}-{mark[:16]}"
+
+
+def open_cache(
+    reader: Reader, sizes: Sequence[int], cache_dir: Path, mark: str | None = None, progress: bool = True
+) -> tuple[Index, dict[int, Frames]]:
+    """The index of a data set and its frames at ``sizes``; built first where missing, stale or damaged.
+
+    Args:
+        reader: the data set.
+        sizes: sides of the square frames in px.
+        cache_dir: the folder for all caches; one process builds, the others wait for it.
+        mark: the data set's `fingerprint`, where the caller has it already.
+        progress: show a bar on a terminal.
+
+    Raises:
+        UserError: a file of the data set cannot be used, or the cache cannot be written.
+    """
+    cases = reader.cases()
+    mark = mark or fingerprint(reader, cases)
+    folder = cache_folder(reader, mark, cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            index = Index.load(folder, mark, len(cases))
+            missing = [size for size in dict.fromkeys(sizes) if not _intact(folder, size, len(cases))]
+            if index is None or missing:
+                index = _build(reader, cases, mark, missing, folder, progress)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "choose another cache_dir"
+        raise UserError(f"the cache in {folder} cannot be written ({error.strerror or error}): {hint}.") from error
+    return index, {size: Frames(folder, size) for size in sizes}
+
+
+def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folder: Path, progress: bool) -> Index:
+    """Read each case once, fill the arrays of ``sizes``, and put everything in place."""
+    log.info("building the cache of %s (%d cases) in %s", reader.name, len(cases), folder)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        thumbnails = np.zeros((len(cases), SIGNATURE_SIZE, SIGNATURE_SIZE), dtype=np.uint8)
+        images = {size: _array(partial, size, 0, (len(cases), size, size)) for size in sizes}
+        masks = {size: _array(partial, size, 1, (len(cases), size * (-(-size // 8)))) for size in sizes}
+
+        def fill(position: int) -> Entry | UserError:
+            try:
+                entry, image, mask = read_entry(reader, cases[position])
+            except UserError as error:
+                return error
+            thumbnails[position] = signature(image)
+            for size in sizes:
+                images[size][position] = to_square(image, size)
+                masks[size][position] = np.packbits(mask_to_square(mask, size), axis=1).ravel()
+            return entry
+
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # Pillow and zlib release the GIL
+            results = list(_bar(pool.map(fill, range(len(cases))), len(cases), reader.name, progress))
+        if errors := [str(result) for result in results if isinstance(result, UserError)]:
+            raise UnusableFiles(errors)
+        index = Index(mark, tuple(result for result in results if isinstance(result, Entry)), thumbnails)
+        for array in (*images.values(), *masks.values()):
+            array.flush()
+        for size in sizes:
+            record = {"version": VERSION, "checksums": [_checksum(path) for path in _array_files(partial, size)]}
+            (partial / f"frames-{size}.json").write_text(json.dumps(record))
+        index.save(partial)
+        # index.json and frames-S.json come after the arrays they vouch for
+        for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return index
+
+
+def _bar(results: Iterator, total: int, name: str, show: bool) -> Iterator:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    quiet = not (show and console.is_terminal)
+    return iter(track(results, f"Reading {name}", total=total, console=console, disable=quiet, transient=True))
+
+
+def _array_files(folder: Path, size: int) -> tuple[Path, Path]:
+    return folder / f"images-{size}.npy", folder / f"masks-{size}.npy"
+
+
+def _array(folder: Path, size: int, which: int, shape: tuple[int, ...]) -> np.memmap:
+    return np.lib.format.open_memmap(_array_files(folder, size)[which], mode="w+", dtype=np.uint8, shape=shape)
+
+
+def _intact(folder: Path, size: int, count: int) -> bool:
+    """Whether the arrays are there and hold what was written: 1 s for 1 GB."""
+    try:
+        record = json.loads((folder / f"frames-{size}.json").read_text())
+        files = _array_files(folder, size)
+        whole = (
+            record["version"] == VERSION
+            and all(len(np.load(path, mmap_mode="r")) == count for path in files)
+            and record["checksums"] == [_checksum(path) for path in files]
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        whole = False
+    if not whole and (folder / f"frames-{size}.json").exists():
+        log.warning("the cache in %s is damaged at size %d and is built again", folder, size)
+    return whole
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total = zlib.crc32(block, total)
+    return total

@@ -1,0 +1,169 @@
+"""One part of a split as items a model takes, each determined by (seed, epoch, index) alone."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, UInt8
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from ultrarefiner.data.augment import Augment, Change
+from ultrarefiner.data.cache import Frames
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.predictions import Predictions
+from ultrarefiner.data.readers import Reader
+
+Simulator = Callable[[Bool[np.ndarray, "C C"], int], Float32[np.ndarray, "C C"]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the pixels of the cases come from.
+
+    Attributes:
+        reader: for masks at native size.
+        positions: `Case.key` → position in the cache.
+        coarse: frames at the coarse network's size C.
+        full: frames at S; None where nobody needs them.
+    """
+
+    reader: Reader
+    positions: Mapping[tuple[str, str], int]
+    coarse: Frames
+    full: Frames | None
+
+
+class Cases(Dataset):
+    """Cases as dictionaries.
+
+    "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (1, C, C): float32 in [0, 1];
+    "index" int, "id" str, and "native_mask" bool (H, W). image and mask need ``source.full``, prob a simulator,
+    native_mask ``native=True``.
+
+    Args:
+        cases: the cases, in order.
+        source: their pixels.
+        seed: of augmentation and simulation.
+        augment: draws one geometric and one photometric change for a sample; None leaves it as it is.
+        simulator: (coarse mask, seed) → simulated prediction of the coarse network.
+        predictions: real ones, of which a share takes the place of simulated ones.
+        native: add the mask from the original file, at its own size.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        source: Source,
+        seed: int,
+        augment: Augment | None = None,
+        simulator: Simulator | None = None,
+        predictions: Predictions | None = None,
+        native: bool = False,
+    ) -> None:
+        self.cases = tuple(cases)
+        self.source = source
+        self.seed = seed
+        self.augment = augment
+        self.simulator = simulator
+        self.predictions = predictions
+        self.native = native
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
+        """The item of (epoch, index); a plain index means epoch 0."""
+        epoch, index = (0, key) if isinstance(key, int) else key
+        case = self.cases[index]
+        position = self.source.positions[case.key]
+        pairs = {"coarse_": (self.source.coarse.image(position), self.source.coarse.mask(position))}
+        if self.source.full is not None:
+            pairs[""] = (self.source.full.image(position), self.source.full.mask(position))
+        change = None
+        if self.augment is not None:
+            change = self.augment.draw(np.random.default_rng([self.seed, epoch, index]), pairs["coarse_"][1])
+            pairs = {prefix: change(image, mask) for prefix, (image, mask) in pairs.items()}
+        item: dict[str, Any] = {"index": index, "id": case.id}
+        for prefix, (image, mask) in pairs.items():
+            item[f"{prefix}image"] = _tensor(image)
+            item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
+        prob = self._prob(case, pairs["coarse_"][1], change, failure_seed(self.seed, epoch, index))
+        if prob is not None:
+            item["prob"] = torch.from_numpy(np.ascontiguousarray(prob, dtype=np.float32))[None]
+        if self.native:
+            item["native_mask"] = self.source.reader.read(case)[1]
+        return item
+
+    def _prob(
+        self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
+    ) -> Float32[np.ndarray, "C C"] | None:
+        """A prediction for the (changed) mask: a real one, changed alike, or a simulated one."""
+        # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
+        if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:
+            real = self.predictions.load(case, mask.shape[0])
+            # what comes into the frame from outside is as sure to be background as anything in it
+            return np.maximum(change.warp(real)[0], real.min()) if change else real
+        return self.simulator(mask, seed) if self.simulator is not None else None
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) pairs, the order a permutation by (seed, epoch); Lightning calls `set_epoch`.
+
+    Every process of ``world_size`` computes the same order and takes every ``world_size``-th of it. Shuffled parts
+    give each process the same number (the few left over come in another epoch); the others give each case once.
+
+    Args:
+        length: number of cases.
+        seed: of the permutations.
+        shuffle: False keeps the order, and epoch 0.
+        rank, world_size: this process among all.
+        epoch: the first one. Lightning starts the workers of a resumed run before it calls `set_epoch`.
+    """
+
+    def __init__(
+        self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1, epoch: int = 0
+    ) -> None:
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = epoch if shuffle else 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation for the next iteration."""
+        if self.shuffle:
+            self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle and self.length >= self.world_size:
+            return self.length // self.world_size
+        return len(range(self.rank, self.length, self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch, self.length]).permutation(order)
+        for index in order[self.rank :: self.world_size][: len(self)]:
+            yield self.epoch, int(index)
+
+
+def failure_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed of one simulated prediction, independent of the augmentation's stream.
+
+    The seeds of an epoch follow each other from a random base: the simulator then fills its Dice bins evenly.
+    """
+    return int(np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]) + index
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: tensors stacked, ``native_mask`` a list because sizes differ."""
+    native = [item.pop("native_mask") for item in items if "native_mask" in item]
+    batch = default_collate(items)
+    return {**batch, "native_mask": native} if native else batch
+
+
+def _tensor(image: UInt8[np.ndarray, "S S"]) -> Float32[torch.Tensor, "1 S S"]:
+    return torch.from_numpy(image.astype(np.float32) * np.float32(1 / 255))[None]

@@ -1,0 +1,182 @@
+"""One image file to one array: decoding, and the one function that resamples an image to a square.
+
+Pillow decodes (PNG, JPEG, TIFF, BMP) and pydicom (DICOM). What comes out is always one grey channel of 8 bits,
+upright (EXIF orientation applied), at the native size.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ultrarefiner.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
+MIN_SIDE = 16  # px: below it there is no lesion to draw; such cases are left out and reported
+MAX_PIXELS = 80_000_000  # 20 000 × 4 000: more is no ultrasound frame, and decoding it would fill the memory
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+_SUMMARY = "PNG, JPEG, TIFF, BMP or DICOM"
+
+
+def load_image(path: Path) -> UInt8[np.ndarray, "H W"]:
+    """The image in ``path`` as grey values 0…255 at its native size.
+
+    Colour becomes luminance (ITU-R 601), transparency is laid over black. More than 8 bits are scaled linearly so that
+    the brightest pixel becomes 255 (floating point: so that the range becomes 0…255); 8 bits stay as they are.
+
+    Raises:
+        UserError: the file is empty, damaged, of another format, of several frames, or larger than MAX_PIXELS.
+    """
+    pixels = _decode(path)
+    return _luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
+
+
+def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
+    """The lesion in ``path`` as a boolean array at its native size.
+
+    A pixel belongs to the lesion if its brightest colour channel exceeds 127, or 0 in files without any value above
+    127: this reads masks of 0/1, 0/255, 0/label, coloured masks, and JPEG masks with ringing around the edge.
+
+    Raises:
+        UserError: as in `load_image`.
+    """
+    pixels = _decode(path)
+    brightest = pixels.max(axis=2) if pixels.ndim == 3 else pixels
+    return brightest > (127 if brightest.max(initial=0) > 127 else 0)
+
+
+def load_colours(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """The image in ``path`` with its colours; a grey one three times the same."""
+    pixels = _decode(path)
+    return pixels if pixels.ndim == 3 else np.repeat(_eight_bits(pixels, path)[..., None], 3, axis=2)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in px of a PNG, JPEG, TIFF or BMP file, from its header.
+
+    Raises:
+        UserError: the header cannot be read.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as opened:
+            return opened.size
+    except Exception as error:  # as in _decode
+        raise _unreadable(path, error) from error
+
+
+def to_square(image: UInt8[np.ndarray, "H W"], size: int) -> UInt8[np.ndarray, "size size"]:
+    """Resample an image to ``size`` × ``size`` px, its aspect ratio given up.
+
+    Edge-aligned (pixel centres at (j+0.5)/W) and linear; where it shrinks the kernel widens with the step, so that
+    nothing aliases. Every image that reaches a model, in training and in prediction, went through here.
+    """
+    if image.shape == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def mask_to_square(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "size size"]:
+    """Resample a mask like `to_square`: lesion where at least half of a pixel is lesion.
+
+    A lesion never vanishes: one that covers half of no pixel keeps the pixel it covers most.
+    """
+    if mask.shape == (size, size):
+        return mask
+    coverage = to_square(mask.astype(np.uint8) * 255, size)
+    resampled = coverage >= 128
+    if mask.any() and not resampled.any():
+        resampled.flat[_most_covered(mask, coverage)] = True
+    return resampled
+
+
+def _most_covered(mask: NDArray, coverage: NDArray) -> int:
+    if coverage.any():
+        return int(coverage.argmax())
+    size = coverage.shape[0]  # a speck too faint for 8 bits: the pixel its centre falls into
+    rows, columns = np.nonzero(mask)
+    row = int((rows.mean() + 0.5) / mask.shape[0] * size)
+    column = int((columns.mean() + 0.5) / mask.shape[1] * size)
+    return row * size + column
+
+
+def _decode(path: Path) -> NDArray:
+    """The pixels of ``path``: (H, W) of any numeric type, or (H, W, 3) uint8."""
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty (0 bytes): restore the file or remove it together with its partner.")
+        return _decode_dicom(path) if path.suffix.lower() in (".dcm", ".dicom") else _decode_picture(path)
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever the damage makes them raise, SyntaxError included
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(
+        f"{path} cannot be read as {_SUMMARY} ({reason}): restore the file or remove it together with its partner."
+    )
+
+
+def _decode_picture(path: Path) -> NDArray:
+    # the list of formats keeps Pillow's riskier decoders (EPS and others) away from unknown files
+    with Image.open(path, formats=_FORMATS) as opened:
+        _check_size(path, opened.width, opened.height)
+        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
+            raise UserError(f"{path} holds {opened.n_frames} frames: export the one you need as a file of its own.")
+        picture = ImageOps.exif_transpose(opened)
+        assert picture is not None  # None only with in_place=True
+        if picture.mode in ("1", "L"):
+            return np.asarray(picture.convert("L"))
+        if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
+            return np.asarray(picture)
+        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+        return np.asarray(picture.convert("RGB"))
+
+
+def _decode_dicom(path: Path) -> NDArray:
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    data = pydicom.dcmread(path)
+    frames = int(getattr(data, "NumberOfFrames", 1) or 1)
+    if frames > 1:
+        raise UserError(f"{path} holds {frames} frames: export the one you need as a file of its own.")
+    _check_size(path, int(data.Columns), int(data.Rows))
+    pixels = data.pixel_array
+    if pixels.ndim == 3:  # colour, which pydicom has brought to RGB
+        return _eight_bits(pixels, path)
+    pixels = apply_voi_lut(apply_modality_lut(pixels, data), data)
+    if data.PhotometricInterpretation == "MONOCHROME1":  # 0 is white
+        pixels = pixels.max() - pixels
+    return pixels
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path} has {width} × {height} px, more than the {MAX_PIXELS:,} a frame may have: "
+            "crop it to the ultrasound frame."
+        )
+
+
+def _luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+    return np.asarray(Image.fromarray(pixels).convert("L"))
+
+
+def _eight_bits(pixels: NDArray, path: Path) -> UInt8[np.ndarray, "H W"]:
+    if pixels.dtype == np.uint8:
+        return pixels
+    values = pixels.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds values that are not finite numbers: export it again as 8-bit PNG.")
+    low = values.min() if pixels.dtype.kind == "f" else min(0.0, values.min())
+    high = values.max()
+    if low == 0 and high <= 255 and pixels.dtype.kind != "f":
+        return pixels.astype(np.uint8)
+    return np.round((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)

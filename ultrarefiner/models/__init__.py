@@ -1,0 +1,1 @@
+"""The networks: the coarse one, the Segment Anything families, and the cascade of both."""

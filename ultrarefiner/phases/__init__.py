@@ -1,0 +1,1 @@
+"""The three training phases, their losses, protection and metrics."""

@@ -1,0 +1,74 @@
+"""The losses of the three phases. Targets are masks in {0, 1}; every function returns a scalar unless it says so."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ultrarefiner.refine.roi import crop
+
+
+def soft_dice_loss(prob: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
+    """1 − (2ΣPt + 1) / (ΣP + Σt + 1), the mean over the batch; the 1 (a pixel) makes an empty target sensible."""
+    prob, target = prob.float().flatten(1), target.float().flatten(1)
+    overlap = (prob * target).sum(1)
+    return (1 - (2 * overlap + 1) / (prob.sum(1) + target.sum(1) + 1)).mean()
+
+
+def cross_entropy(logits: Float[Tensor, "B 2 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
+    """Two-class cross-entropy, the mean over pixels."""
+    return F.cross_entropy(logits.float(), target[:, 0].long())
+
+
+def bce(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy from logits, the mean over pixels."""
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float())
+
+
+def focal(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"], gamma: float = 2.0) -> Float[Tensor, ""]:
+    """Focal loss (1 − p_t)^γ·BCE without class weights (Lin et al. 2017), the mean over pixels."""
+    pixel = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    return ((1 - torch.exp(-pixel)) ** gamma * pixel).mean()
+
+
+def hard_dice(pred: Tensor, target: Tensor) -> Float[Tensor, " B"]:
+    """Dice of two boolean masks (B, ...), for each sample; 1 when both are empty. No gradient."""
+    pred, target = pred.flatten(1), target.flatten(1)
+    total = pred.sum(1) + target.sum(1)
+    return torch.where(total > 0, 2 * (pred & target).sum(1) / total.clamp(min=1), 1.0)
+
+
+def change_penalty(
+    refined: Float[Tensor, "B 1 S S"],
+    coarse: Float[Tensor, "B 1 C C"],
+    coarse_target: Float[Tensor, "B 1 C C"],
+    good_from: float = 0.6,
+) -> Float[Tensor, ""]:
+    """How much the refiner changes masks that were already good (the seed's quality-aware loss).
+
+    Mean |P_refined − P_coarse| of each sample, weighed by clamp((Dice(coarse) − good_from) / (1 − good_from), 0, 1).
+
+    Args:
+        refined: probabilities in the frame.
+        coarse: the coarse probabilities that were refined.
+        coarse_target: the truth at the coarse size.
+    """
+    quality = hard_dice(coarse > 0.5, coarse_target > 0.5)
+    weight = ((quality - good_from) / (1 - good_from)).clamp(0, 1)
+    before = F.interpolate(coarse.float(), size=refined.shape[-2:], mode="bilinear", align_corners=False)
+    return (weight * (refined.float() - before).abs().mean((1, 2, 3))).mean()
+
+
+def iou_head_loss(
+    masks: Float[Tensor, "B K M M"],
+    iou: Float[Tensor, "B K"],
+    target: Float[Tensor, "B 1 S S"],
+    boxes: Float[Tensor, "B 4"],
+) -> Float[Tensor, ""]:
+    """MSE between the IoU that SAM predicts for each candidate mask and the IoU that it has, inside the box."""
+    with torch.no_grad():
+        truth = crop(target, boxes, masks.shape[-1]) > 0.5
+        drawn = masks > 0
+        union = (drawn | truth).flatten(2).sum(2)
+        actual = torch.where(union > 0, (drawn & truth).flatten(2).sum(2) / union.clamp(min=1), 1.0)
+    return F.mse_loss(iou.float(), actual)

@@ -1,0 +1,147 @@
+"""What the three phases have in common: a Lightning module around the cascade."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ultrarefiner.distributed import gather
+from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.phases import metrics
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def poly(power: float) -> Callable[[float], float]:
+    """(1 − t)^power, t in [0, 1] the share of training that is done."""
+    return lambda done: (1 - done) ** power
+
+
+def cosine(done: float) -> float:
+    """Half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Phase(pl.LightningModule):
+    """One phase: which data it sees, which loss it lowers, which parameters it moves.
+
+    A subclass sets the class attributes, defines `terms`, `masks` and `groups`, and takes the keys of its YAML file as
+    arguments.
+
+    Args:
+        cascade: the networks.
+        epochs: passes over the training cases.
+        batch_size: samples of a step.
+        optimizer: parameter groups -> optimiser.
+        decay: factor on the learning rate, from the share of training that is done.
+        grad_clip: largest norm of the gradient; None does not clip.
+    """
+
+    simulated: ClassVar[bool] = False
+    """Whether the data carry simulated coarse masks ("prob")."""
+    frame: ClassVar[bool] = True
+    """Whether the data carry the S×S frame beside the coarse network's image."""
+    judged_by: ClassVar[str] = "refined"
+    """Whose validation Dice chooses the best checkpoint: "coarse" or "refined"."""
+    defined_by: ClassVar[tuple[str, ...]] = ()
+    """The configuration nodes, beside dataset, fold, seed and phase, that define the phase's result."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        epochs: int,
+        batch_size: int,
+        optimizer: OptimizerFactory,
+        decay: Callable[[float], float] = cosine,
+        grad_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.cascade = cascade
+        self.epochs, self.batch_size = epochs, batch_size
+        self.optimizer, self.decay, self.grad_clip = optimizer, decay, grad_clip
+        self.seed = 0
+        self.settings: dict[str, Any] = {}
+        """What defines the result; every checkpoint carries it."""
+        self._rows: list[dict[str, float]] = []
+
+    @abstractmethod
+    def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The terms of the loss by name; "loss" is their weighted sum."""
+
+    @abstractmethod
+    def masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The logits (B,1,·,·) of each mask that this phase produces: "coarse", "refined"."""
+
+    @abstractmethod
+    def groups(self) -> list[dict[str, Any]]:
+        """All parameter groups of the optimiser, with their learning rates, also those that are frozen at first."""
+
+    @property
+    def monitor(self) -> str:
+        """The logged value that chooses the best checkpoint (higher is better)."""
+        return f"val/{self.judged_by}/dice"
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser with all its groups, and the schedule over the steps of the whole phase."""
+        optimizer = self.optimizer(self.groups())
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.decay(min(step / steps, 1.0)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint say what it was trained with."""
+        checkpoint["ultrarefiner"] = self.settings
+
+    def on_train_epoch_start(self) -> None:
+        """Give each epoch its own random numbers: resumed at an epoch, training goes on as if never interrupted."""
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step: the loss and its terms, logged as means over the epoch."""
+        terms = self.terms(batch)
+        for name, value in terms.items():
+            self.log(
+                f"train/{name}",
+                value.detach(),
+                on_step=False,
+                on_epoch=True,
+                batch_size=len(batch["id"]),
+                sync_dist=True,
+            )
+        return terms["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new table."""
+        self._rows = []
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Dice and IoU of each case at its native size."""
+        masks = self.masks(batch)
+        for i, truth in enumerate(batch["native_mask"]):
+            row: dict[str, float] = {}
+            for which, logits in masks.items():
+                scores = metrics.overlap(metrics.native_mask(logits[i], truth.shape), truth)
+                row |= {f"{which}_{name}": value for name, value in scores.items()}
+            self._rows.append(row)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the cases, each counted once."""
+        rows = gather(self._rows)
+        for which in ("coarse", "refined"):
+            for name, value in metrics.mean_scores(rows, which).items():
+                self.log(f"val/{which}/{name}", value, sync_dist=True)
+
+
+def set_trainable(modules: Iterable[nn.Module | None], trainable: bool) -> None:
+    """Let the parameters of some modules move, or not."""
+    for module in modules:
+        if module is not None:
+            module.requires_grad_(trainable)

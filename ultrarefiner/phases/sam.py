@@ -1,0 +1,96 @@
+"""Phase 2: SAM on simulated coarse masks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.phases import losses
+from ultrarefiner.phases.phase import OptimizerFactory, Phase
+
+
+def sam_parameters(cascade: Cascade) -> list[nn.Parameter]:
+    """What Phases 2 and 3 move of the refiner: SAM's trainable parts and the gate."""
+    assert cascade.refiner is not None
+    parts = [cascade.refiner] if cascade.gate is None else [cascade.refiner, cascade.gate]
+    return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+
+class SamPhase(Phase):
+    """Teaches SAM to repair what a coarse network does wrong, and to leave good masks alone (quality-aware loss).
+
+    bce·BCE + dice·Dice + focal·focal + change·(change penalty) + iou·(MSE of the IoU head).
+
+    Args:
+        cascade: needs its refiner; the coarse masks come with the data.
+        lr: the learning rate at the start; it falls along a cosine.
+        bce_weight, dice_weight, focal_weight, change_weight, iou_weight: of the five terms.
+        good_from: coarse Dice from which on a change costs, see `losses.change_penalty`.
+    """
+
+    simulated = True
+    defined_by = (
+        "model.sam",
+        "model.coarse_size",
+        "model.image_size",
+        "model.train",
+        "model.lora",
+        "model.selection_temperature",
+        "prompt_style",
+        "roi",
+        "gate",
+    )
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        *,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        optimizer: OptimizerFactory,
+        bce_weight: float = 1.0,
+        dice_weight: float = 1.0,
+        focal_weight: float = 0.5,
+        change_weight: float = 0.5,
+        iou_weight: float = 0.1,
+        good_from: float = 0.6,
+        grad_clip: float | None = 1.0,
+    ) -> None:
+        super().__init__(cascade, epochs=epochs, batch_size=batch_size, optimizer=optimizer, grad_clip=grad_clip)
+        if not sam_parameters(cascade):
+            raise ValueError("there is nothing to train: model.train holds all of SAM, without LoRA and without a gate")
+        self.lr = lr
+        self.bce_weight, self.dice_weight, self.focal_weight = bce_weight, dice_weight, focal_weight
+        self.change_weight, self.iou_weight = change_weight, iou_weight
+        self.good_from = good_from
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One group: the trainable parts of SAM, and the gate."""
+        return [{"name": "sam", "params": sam_parameters(self.cascade), "lr": self.lr}]
+
+    def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The quality-aware loss in the frame."""
+        coarse, target = batch["prob"], batch["mask"]
+        refined = self.cascade.refine(batch["image"], soft_logit(coarse))
+        prob = refined.logits.sigmoid()
+        terms = {
+            "bce": losses.bce(refined.logits, target),
+            "dice": losses.soft_dice_loss(prob, target),
+            "focal": losses.focal(refined.logits, target),
+            "change": losses.change_penalty(prob, coarse, batch["coarse_mask"], self.good_from),
+            "iou": losses.iou_head_loss(refined.masks, refined.iou, target, refined.boxes),
+        }
+        terms["loss"] = sum((getattr(self, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))
+        return terms
+
+    def masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The simulated coarse mask and what SAM makes of it."""
+        coarse = soft_logit(batch["prob"])
+        return {"coarse": coarse, "refined": self.cascade.refine(batch["image"], coarse).logits}
+
+
+def soft_logit(prob: Tensor) -> Tensor:
+    """The logit of a probability; 0 and 1 become ∓16, which is as far as float32 tells 1 from less."""
+    return torch.logit(prob, eps=1e-7)

@@ -1,0 +1,1 @@
+"""The differentiable bridge: tensors in, tensors out."""

@@ -1,0 +1,116 @@
+"""The refiner: a probability map and an image in, a redrawn mask out, differentiable from end to end."""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ultrarefiner.refine.moments import precise
+from ultrarefiner.refine.prompts import Prompts
+from ultrarefiner.refine.roi import crop, paste
+
+
+class Roi(Protocol):
+    """Anything that says where to look."""
+
+    def boxes(self, prob: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 4"]:
+        """Boxes (x1, y1, x2, y2) in [0, 1]."""
+
+
+class PromptableModel(Protocol):
+    """What the refiner needs of a Segment Anything model (`models.sam`); all coordinates are normalised."""
+
+    image_size: int
+    mask_size: int
+
+    def encode(self, image: Float[Tensor, "B 1 size size"]) -> Float[Tensor, "B C h w"]:
+        """The embedding of images in [0, 1]."""
+
+    def decode(
+        self,
+        embedding: Float[Tensor, "B C h w"],
+        points: Float[Tensor, "B N 2"] | None,
+        labels: Int[Tensor, "B N"] | None,
+        boxes: Float[Tensor, "B 4"] | None,
+        masks: Float[Tensor, "B 1 M M"] | None,
+    ) -> tuple[Float[Tensor, "B K M M"], Float[Tensor, "B K"]]:
+        """K low-resolution mask logits and their predicted IoUs."""
+
+
+class Refinement(NamedTuple):
+    """What the refiner made of one batch."""
+
+    logits: Float[Tensor, "B 1 S S"]
+    """The redrawn mask in the frame."""
+    boxes: Float[Tensor, "B 4"]
+    """Where the model looked."""
+    masks: Float[Tensor, "B K M M"]
+    """The candidate masks in the box, at low resolution."""
+    iou: Float[Tensor, "B K"]
+    """The IoU that the model predicts for each of them."""
+
+
+def select(
+    masks: Float[Tensor, "B K M M"], iou: Float[Tensor, "B K"], temperature: float = 0.1
+) -> Float[Tensor, "B 1 M M"]:
+    """Σ softmax(IoU / temperature)·mask over the K candidates: a differentiable choice of the best one.
+
+    Resampling is linear, so the low-resolution masks are combined first and only one is resampled.
+    """
+    weights = torch.softmax(precise(iou) / temperature, dim=1).to(masks.dtype)
+    return (weights[:, :, None, None] * masks).sum(1, keepdim=True)
+
+
+class Refiner(nn.Module):
+    """roi → crop → prompts → encode → decode → select → paste; the same object in Phase 2 and in Phase 3.
+
+    Args:
+        sam: the promptable model.
+        roi: where to look.
+        prompts: what to tell it.
+        selection_temperature: τ of `select`.
+        gradient: "exact" keeps the gradient that reaches the map through the image crop and the image encoder;
+            "frozen" stops it there (the encoder then keeps no activations). Both keep the gradient through the
+            prompts, the crop of the map and the paste.
+    """
+
+    def __init__(
+        self,
+        sam: nn.Module,
+        roi: nn.Module,
+        prompts: Prompts,
+        selection_temperature: float = 0.1,
+        gradient: Literal["exact", "frozen"] = "exact",
+    ) -> None:
+        super().__init__()
+        if gradient not in ("exact", "frozen"):
+            raise ValueError(f'gradient must be "exact" or "frozen", got {gradient!r}')
+        if selection_temperature <= 0:
+            raise ValueError(f"selection_temperature must be positive, got {selection_temperature}")
+        self.sam, self.roi, self.prompts = sam, roi, prompts
+        self.selection_temperature = selection_temperature
+        self.gradient = gradient
+
+    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C h w"]:
+        """The embedding of what each box shows, taken from the frame at its native detail."""
+        sam: PromptableModel = self.sam  # type: ignore[assignment]
+        if self.gradient == "exact":
+            return sam.encode(crop(image, boxes, sam.image_size))
+        trained = any(p.requires_grad for p in self.sam.image_encoder.parameters())  # type: ignore[union-attr]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return sam.encode(crop(image, boxes.detach(), sam.image_size))
+
+    def forward(self, image: Float[Tensor, "B 1 S S"], prob: Float[Tensor, "B 1 h w"]) -> Refinement:
+        """Redraw the mask that `prob` proposes.
+
+        Args:
+            image: the frame in [0, 1], S × S pixels.
+            prob: the coarse probability map in [0, 1], at the coarse network's resolution.
+        """
+        sam: PromptableModel = self.sam  # type: ignore[assignment]
+        boxes = self.roi.boxes(prob)  # type: ignore[operator]
+        prompts = self.prompts(crop(prob, boxes, sam.mask_size), sam.mask_size)
+        masks, iou = sam.decode(self.encode(image, boxes), *prompts)
+        chosen = select(masks, iou, self.selection_temperature)
+        return Refinement(paste(chosen, boxes, image.shape[-1]), boxes, masks, iou)

@@ -1,0 +1,134 @@
+"""Checkpoint files: written whole or not at all, read without running code, the previous one kept."""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+
+from ultrarefiner.errors import UserError
+from ultrarefiner.safe import load as load
+
+log = logging.getLogger(__name__)
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment either the old or the new one is there in full.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is untouched.
+    """
+    with _replacing(path) as part:
+        part.write_bytes(content)
+
+
+def save(content: Any, path: Path) -> None:
+    """`torch.save`, atomically; see `write_atomically`."""
+    with _replacing(path) as part:
+        torch.save(content, part)
+
+
+class _replacing:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        os.close(handle)
+        self.part = Path(name)
+        return self.part
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                with self.part.open("rb") as file:
+                    os.fsync(file.fileno())
+                # mkstemp makes private files; results are as readable as the user's umask says.
+                umask = os.umask(0)
+                os.umask(umask)
+                self.part.chmod(0o666 & ~umask)
+                self.part.replace(self.path)
+        except OSError as failure:
+            raise UserError(f"cannot write {self.path}: {failure.strerror}") from failure
+        finally:
+            self.part.unlink(missing_ok=True)
+        # torch.save reports a full disk as a RuntimeError of its own.
+        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "write" in str(error)):
+            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+            raise UserError(f"cannot write {self.path}: {reason}; what was there before is untouched") from error
+
+
+def resume_point(folder: Path) -> Path | None:
+    """The newest readable checkpoint to continue from; a damaged one is named and the previous one taken."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path.is_file():
+            try:
+                load(path)
+            except UserError as error:
+                log.warning("%s; the one before it is used", error)
+            else:
+                return path
+    return None
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints through `save` and `load`; the last one is kept as the previous one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write atomically, after moving what is there to `previous.ckpt` if it is the last one."""
+        path = Path(path)
+        with _replacing(path) as part:
+            torch.save(checkpoint, part)
+            if path.name == LAST and path.is_file():
+                path.replace(path.with_name(PREVIOUS))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read without executing anything, whatever `weights_only` says."""
+        return load(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+class KeepCheckpoints(Checkpoint):
+    """After each epoch: `last.ckpt` to resume from, and `best.ckpt` (weights only) when the monitored value rose.
+
+    Args:
+        folder: where they go.
+        monitor: logged value, higher is better.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder, self.monitor = folder, monitor
+        self.best = float("-inf")
+        self.best_epoch = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs to know of the best epoch so far."""
+        return {"best": self.best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save; the best first, so that a `last.ckpt` never speaks of a best one that is not there."""
+        value = float(trainer.callback_metrics[self.monitor])
+        if value > self.best:
+            self.best, self.best_epoch = value, trainer.current_epoch
+            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+        trainer.save_checkpoint(self.folder / LAST)

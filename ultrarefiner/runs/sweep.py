@@ -1,0 +1,269 @@
+"""A sweep (`-m`): no job loses the others, and one summary over all runs at the end.
+
+`Sweep` is a Hydra callback that conf/train.yaml registers; it goes along into the jobs, wherever they run. Torch is
+not imported here, except to write the summary to Weights & Biases.
+"""
+
+import csv
+import io
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ultrarefiner import cli
+from ultrarefiner.errors import UserError
+from ultrarefiner.runs import jobs, statistics
+
+OVER_RUNS = ("fold", "seed")
+"""What runs of one setting differ in."""
+MASKS = ("baseline", "coarse", "refined")
+METRICS = ("dice", "iou", "hd95", "assd")
+WIDTH = 120
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Failure:
+    """What a job returns that has no run directory to return."""
+
+    reason: str
+
+
+@dataclass
+class Job:
+    """One job of a sweep.
+
+    Attributes:
+        overrides: of the command line, by key.
+        outcome: its run directory, or why there is none.
+        setting: what tells it from other jobs, without fold and seed.
+        summary: what is in its summary.json; nothing if it failed.
+    """
+
+    overrides: dict[str, str]
+    outcome: Path | Failure
+    setting: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], outcome: Any) -> "Job":
+        """A job from its command line and what it returned."""
+        given = dict(text.lstrip("+~").partition("=")[::2] for text in overrides)
+        if isinstance(outcome, Failure):
+            return cls(given, outcome)
+        directory = Path(outcome)
+        return cls(given, directory, summary=json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+
+    def scores(self, part: str) -> dict[str, dict[str, float]]:
+        """mask -> metric -> mean over the cases of "val" or "test"."""
+        if not self.summary:
+            return {}
+        found = {"baseline": (self.summary["baseline"] or {}).get(part, {}), **self.summary[part]}
+        return {mask: found[mask] for mask in MASKS if found.get(mask)}
+
+
+class Sweep(Callback):
+    """Gathers the jobs of a sweep and sums them up."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Have every job handed over: submitit's own launcher gives up at the first that was killed."""
+        if "submitit" in config.hydra.launcher._target_:
+            from submitit.core.core import Job as Submitted
+
+            def results(job: Any) -> list[Any]:
+                return [self._wait(job)]
+
+            Submitted.results = results  # type: ignore[method-assign, assignment]
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Turn a failure into a result: Hydra would end the sweep with it. Called where the job runs."""
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            return
+        if job_return.status == JobStatus.FAILED:
+            failure = _explain(job_return._return_value)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, failure
+        self._add(job_return)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write and print the summary.
+
+        Raises:
+            SystemExit: jobs failed; one sentence for each.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        name_settings(self.jobs, f"{config.phase.name} · {config.dataset.name} · {config.model.name}")
+        rows = [row_of(number, job, config) for number, job in enumerate(self.jobs)]
+        settings = summarise(self.jobs)
+        _write(folder / "sweep.csv", rows)
+        _write(folder / "settings.csv", settings)
+        failed = [row for row in rows if row["status"] == "failed"]
+        title = f"{len(rows)} jobs, {len(rows) - len(failed)} finished, {len(failed)} failed"
+        _print(title, settings, folder)
+        if "wandb" in config.logger:
+            _log_to_wandb(config, folder, title, rows, settings)
+        if failed:
+            sys.exit(
+                "\n".join(f"error: {r['setting']}, fold {r['fold']}, seed {r['seed']}: {r['reason']}" for r in failed)
+            )
+
+    def _add(self, returned: JobReturn) -> None:
+        self.jobs.append(Job.of(returned.overrides or (), returned.return_value))
+
+    def _wait(self, submitted: Any) -> JobReturn:
+        """What one of submitit's jobs returned; a failure also when it was killed."""
+        first = submitted.task(0)  # the other processes of a job help the first
+        try:
+            returned: JobReturn = jobs.wait_for(first)
+        except jobs.Killed as killed:
+            overrides = first.submission().args[0]
+            returned = JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=Failure(str(killed)))
+        self._add(returned)
+        return returned
+
+
+def name_settings(found: Sequence[Job], otherwise: str) -> None:
+    """Name each job by the overrides in which the jobs differ, without fold and seed."""
+    keys = dict.fromkeys(key for job in found for key in job.overrides if key not in OVER_RUNS)
+    differing = [key for key in keys if len({job.overrides.get(key) for job in found}) > 1]
+    for job in found:
+        job.setting = " ".join(f"{key}={job.overrides[key]}" for key in differing if key in job.overrides) or otherwise
+
+
+def row_of(number: int, job: Job, config: DictConfig) -> Row:
+    """A row of sweep.csv: what was run, what came of it, and the means over its cases."""
+    failed = isinstance(job.outcome, Failure)
+    about = {
+        "job": number,
+        "setting": job.setting,
+        **{key: job.overrides.get(key, config[key]) for key in OVER_RUNS},
+        "status": "failed" if failed else "finished",
+        "reason": job.outcome.reason if isinstance(job.outcome, Failure) else "",
+        "directory": "" if failed else str(job.outcome),
+        "overrides": " ".join(f"{key}={value}" for key, value in job.overrides.items()),
+    }
+    scores = {
+        f"{part}_{mask}_{metric}": value
+        for part in ("val", "test")
+        for mask, values in job.scores(part).items()
+        for metric, value in values.items()
+    }
+    return about | scores
+
+
+def summarise(found: Sequence[Job]) -> list[Row]:
+    """A row for each setting, mask and metric on the test cases: over the runs, and over all cases together."""
+    settings: dict[str, dict[Path, Job]] = {}
+    for job in found:
+        if isinstance(job.outcome, Path):
+            settings.setdefault(job.setting, {})[job.outcome] = job  # the same run twice counts once
+    rows = []
+    for setting, runs in settings.items():
+        cases = [row for directory in runs for row in _cases(directory)]
+        for mask in MASKS:
+            scores = [job.scores("test")[mask] for job in runs.values() if mask in job.scores("test")]
+            for metric in METRICS if scores else ():
+                mean, sd = statistics.mean_sd([values[metric] for values in scores])
+                measured = [row for row in cases if row.get(f"{mask}_{metric}")]
+                over = statistics.over_cases(measured, f"{mask}_{metric}")
+                rows.append(
+                    {"setting": setting, "mask": mask, "metric": metric, "runs": len(scores), "mean": mean, "sd": sd}
+                    | {"cases": over.cases, "case_mean": over.mean, "case_median": over.median}
+                    | {"case_low": over.low, "case_high": over.high}
+                )
+    return rows
+
+
+def _explain(error: BaseException) -> Failure:
+    """Why a job failed, as one line; a bug leaves its stack trace where the job runs."""
+    if isinstance(error, UserError | OmegaConfBaseException):
+        return Failure(cli.explain(error))
+    traceback.print_exception(error)
+    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _cases(directory: Path) -> list[dict[str, str]]:
+    with (directory / "cases.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)  # no NaN
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _print(title: str, settings: list[Row], folder: Path) -> None:
+    # In a log there is room for all columns side by side.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("setting")
+    table.add_column("mask")
+    for header in ("runs", "Dice", "HD95 (px)", "cases", "their Dice [95 %]", "median"):
+        table.add_column(header, justify="right")
+    by_mask: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in settings:
+        by_mask.setdefault((row["setting"], row["mask"]), {})[row["metric"]] = row
+    for (setting, mask), metric in by_mask.items():
+        dice, hd95 = metric["dice"], metric["hd95"]
+        table.add_row(
+            setting,
+            mask,
+            str(dice["runs"]),
+            _plus_minus(dice, ".4f"),
+            _plus_minus(hd95, ".2f"),
+            str(dice["cases"]),
+            f"{dice['case_mean']:.4f} [{dice['case_low']:.4f}, {dice['case_high']:.4f}]",
+            f"{dice['case_median']:.4f}",
+        )
+    console.print(table if settings else title)
+    print(f"{folder}/\n  sweep.csv     every job\n  settings.csv  this table, with all metrics")
+
+
+def _plus_minus(row: Row, style: str) -> str:
+    return format(row["mean"], style) + (f" ± {row['sd']:{style}}" if row["runs"] > 1 else "")
+
+
+def _log_to_wandb(config: DictConfig, folder: Path, title: str, rows: list[Row], settings: list[Row]) -> None:
+    """A run that holds both tables, and the means as its summary."""
+    from ultrarefiner.build import build
+    from ultrarefiner.runs import tracking
+
+    about = {
+        "name": f"sweep {folder.name}: {title}",
+        "job_type": "sweep",
+        "group": f"{config.dataset.name}-{config.model.name}-{config.phase.name}",
+        "tags": ["sweep"],
+        "settings": {"overrides": list(config.hydra.overrides.task)},
+        "_convert_": "all",
+    }
+    logger = build(config.logger.wandb, "logger.wandb", folder.resolve(), **about)
+    import wandb
+
+    for name, table in (("jobs", rows), ("settings", settings)):
+        columns: list[Any] = list(dict.fromkeys(key for row in table for key in row))
+        cells = [[row.get(column) for column in columns] for row in table]
+        logger.experiment.log({name: wandb.Table(columns=columns, data=cells)})
+    for row in settings:
+        for key in ("mean", "sd", "case_low", "case_high"):
+            logger.experiment.summary[f"{row['setting']}/{row['mask']}/{row['metric']}/{key}"] = row[key]
+    tracking.close([logger], "success" if all(row["status"] == "finished" for row in rows) else "failed")

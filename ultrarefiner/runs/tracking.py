@@ -1,0 +1,194 @@
+"""What a run says while it goes: a line for each epoch, metrics.csv, and the loggers that were asked for."""
+
+import csv
+import functools
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+from tqdm import tqdm
+
+from ultrarefiner.runs.checkpoints import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class MetricsTable(Callback):
+    """metrics.csv: one row for each epoch, and a line on the terminal.
+
+    The rows belong to the checkpoint: a resumed run writes the same file as one that was never interrupted.
+    """
+
+    def __init__(self, path: Path, title: str) -> None:
+        self.path, self.title = path, title
+        self.rows: list[dict[str, Any]] = []
+        self._began = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the epoch's row."""
+        values = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        optimizer = trainer.optimizers[0]
+        rates = {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | values | rates)
+        if trainer.is_global_zero:
+            self._write()
+            self._speak(trainer, values)
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue().encode())
+
+    def _speak(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        parts = [f"loss {values['train/loss']:.4f}"] if "train/loss" in values else []
+        dice = [f"{w} {values[f'val/{w}/dice']:.4f}" for w in ("coarse", "refined") if f"val/{w}/dice" in values]
+        if dice:
+            parts.append("val Dice " + ", ".join(dice))
+        seconds = time.monotonic() - self._began
+        print(
+            f"{self.title}  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(parts)}  {seconds:.1f} s"
+        )
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, which leaves nothing behind: the epoch's line says what is worth keeping."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1, leave=False)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """No metrics beside the bar."""
+        return {}
+
+
+def watched(bar: bool) -> bool:
+    """Whether a progress bar is wanted and somebody is there to see it."""
+    return bar and sys.stderr.isatty()
+
+
+class Progress:
+    """A bar over the batches of an evaluation, where somebody is looking."""
+
+    def __init__(self, watched: bool) -> None:
+        self.watched = watched
+
+    def __call__(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
+        """The same batches."""
+        return tqdm(batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr)
+
+
+def callbacks(path: Path, title: str, bar: bool) -> list[Callback]:
+    """The table, and a progress bar where somebody is looking."""
+    shown: list[Callback] = [ProgressBar()] if watched(bar) else []
+    return [*shown, MetricsTable(path, title)]
+
+
+def tensorboard_logger(directory: Path, **run: Any) -> Logger:
+    """TensorBoard files in the run directory (`tensorboard --logdir outputs`)."""
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(directory, name="", version="tensorboard")
+
+
+def wandb_logger(
+    directory: Path,
+    *,
+    name: str,
+    job_type: str,
+    tags: list[str],
+    group: str,
+    settings: dict[str, Any],
+    project: str = "ultrarefiner",
+    entity: str | None = None,
+    wandb_group: str | None = None,
+) -> Logger:
+    """A Weights & Biases run that continues when the same directory is resumed.
+
+    When nobody is logged in it is written to disk without a word; `wandb sync` uploads it later.
+
+    Args:
+        directory: the run directory; its hash is the run's id.
+        name, job_type, tags, group, settings: what the run is called, and its configuration.
+        project, entity: where it goes.
+        wandb_group: instead of `group`.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    begin = functools.partial(
+        wandb.init,
+        project=project,
+        entity=entity,
+        group=wandb_group or group,
+        job_type=job_type,
+        name=name,
+        tags=tags,
+        config=settings,
+        id=directory.name,
+        dir=directory,
+    )
+    if "WANDB_MODE" in os.environ:
+        return WandbLogger(experiment=begin())
+    try:
+        run = begin(resume="allow") if wandb.login(prompt=False) else begin(mode="offline")
+    except wandb.errors.CommError as error:
+        log.warning(
+            "Weights & Biases cannot be reached (%s); the run is written to disk, `wandb sync` uploads it", error
+        )
+        run = begin(mode="offline")
+    return WandbLogger(experiment=run)
+
+
+def close(loggers: list[Logger], status: str) -> None:
+    """End the loggers' runs; the next phase in this process begins its own.
+
+    Args:
+        loggers: of the run that ends.
+        status: "success" or "failed".
+    """
+    from pytorch_lightning.loggers import WandbLogger
+
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def log_pictures(loggers: list[Logger], pictures: dict[str, Path], step: int) -> None:
+    """Give the pictures of a run to the loggers that take pictures."""
+    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+
+    for logger in loggers:
+        for key, path in pictures.items():
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key, [str(path)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                import cv2
+
+                picture = cv2.imread(str(path))
+                if picture is not None:
+                    logger.experiment.add_image(key, picture[:, :, ::-1], step, dataformats="HWC")
