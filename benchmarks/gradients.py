@@ -4,8 +4,8 @@
 
 For training patients of BUS-BRA with a simulated coarse mask each, the refined loss of Phase 3 (BCE + Dice) is
 differentiated with respect to the coarse logits, through the refiner as model=lite configures it. Each mode runs in a
-process of its own, so its peak memory is its own. And since an exact slope may hold over a tiny step only, each gradient
-is followed downhill for `STEPS`, and the change of the loss noted. Prints Markdown.
+process of its own, so its peak memory is its own. And since an exact slope may hold over a tiny step only, each
+gradient is followed downhill for `STEPS`, and the change of the loss noted. Prints Markdown.
 """
 
 import argparse
