@@ -1,33 +1,39 @@
-"""The losses of the three phases. Targets are masks in {0, 1}; every function returns a scalar unless it says so."""
+"""The losses of the three phases. Targets are masks in {0, 1}; every function returns a scalar unless it says so.
+
+They are computed in float32, also under autocast; float64 stays float64, so that finite differences can judge them.
+"""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ultrarefiner.refine.moments import precise
 from ultrarefiner.refine.roi import crop
 
 
 def soft_dice_loss(prob: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
     """1 − (2ΣPt + 1) / (ΣP + Σt + 1), the mean over the batch; the 1 (a pixel) makes an empty target sensible."""
-    prob, target = prob.float().flatten(1), target.float().flatten(1)
+    prob, target = precise(prob).flatten(1), precise(target).flatten(1)
     overlap = (prob * target).sum(1)
     return (1 - (2 * overlap + 1) / (prob.sum(1) + target.sum(1) + 1)).mean()
 
 
 def cross_entropy(logits: Float[Tensor, "B 2 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
     """Two-class cross-entropy, the mean over pixels."""
-    return F.cross_entropy(logits.float(), target[:, 0].long())
+    return F.cross_entropy(precise(logits), target[:, 0].long())
 
 
 def bce(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
     """Binary cross-entropy from logits, the mean over pixels."""
-    return F.binary_cross_entropy_with_logits(logits.float(), target.float())
+    logits = precise(logits)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
 
 def focal(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"], gamma: float = 2.0) -> Float[Tensor, ""]:
     """Focal loss (1 − p_t)^γ·BCE without class weights (Lin et al. 2017), the mean over pixels."""
-    pixel = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    logits = precise(logits)
+    pixel = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
     return ((1 - torch.exp(-pixel)) ** gamma * pixel).mean()
 
 
@@ -55,8 +61,8 @@ def change_penalty(
     """
     quality = hard_dice(coarse > 0.5, coarse_target > 0.5)
     weight = ((quality - good_from) / (1 - good_from)).clamp(0, 1)
-    before = F.interpolate(coarse.float(), size=refined.shape[-2:], mode="bilinear", align_corners=False)
-    return (weight * (refined.float() - before).abs().mean((1, 2, 3))).mean()
+    before = F.interpolate(precise(coarse), size=refined.shape[-2:], mode="bilinear", align_corners=False)
+    return (weight * (precise(refined) - before).abs().mean((1, 2, 3))).mean()
 
 
 def iou_head_loss(
@@ -71,4 +77,4 @@ def iou_head_loss(
         drawn = masks > 0
         union = (drawn | truth).flatten(2).sum(2)
         actual = torch.where(union > 0, (drawn & truth).flatten(2).sum(2) / union.clamp(min=1), 1.0)
-    return F.mse_loss(iou.float(), actual)
+    return F.mse_loss(precise(iou), actual)
