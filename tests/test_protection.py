@@ -170,13 +170,14 @@ def test_settings_that_protect_nothing_are_refused():
 
 
 class FakeTrainer:
-    def __init__(self, dice: float) -> None:
+    def __init__(self, dice: float, optimizers: tuple = ()) -> None:
         self.callback_metrics = {"val/coarse/dice": torch.tensor(dice)}
+        self.optimizers = optimizers
 
 
-def after_validation(phase: E2EPhase, dice: float, monkeypatch) -> None:
+def after_validation(phase: E2EPhase, dice: float, monkeypatch, *optimizers) -> None:
     """What the phase does when an epoch's validation gave this coarse Dice."""
-    monkeypatch.setattr(E2EPhase, "trainer", FakeTrainer(dice), raising=False)
+    monkeypatch.setattr(E2EPhase, "trainer", FakeTrainer(dice, optimizers), raising=False)
     monkeypatch.setattr(E2EPhase, "current_epoch", 1, raising=False)
     monkeypatch.setattr(E2EPhase, "log", lambda *a, **k: None)
     phase.on_validation_epoch_end()
@@ -196,15 +197,29 @@ def test_the_guard_restores_the_best_coarse_weights(monkeypatch, caplog):
     phase = e2e(small_cascade(), guard=0.05)
     phase.start_from(0.8)
     good = [p.detach().clone() for p in phase.cascade.coarse.parameters()]
-    with torch.no_grad():
-        for p in phase.cascade.coarse.parameters():
-            p.add_(1)
-    after_validation(phase, 0.76, monkeypatch)
+    optimizer = torch.optim.AdamW(phase.groups(), lr=0.1)
+    phase.terms(small_batch())["loss"].backward()
+    optimizer.step()
+    after_validation(phase, 0.76, monkeypatch, optimizer)
     assert not torch.equal(next(phase.cascade.coarse.parameters()), good[0])
     with caplog.at_level(logging.WARNING):
-        after_validation(phase, 0.7, monkeypatch)
+        after_validation(phase, 0.7, monkeypatch, optimizer)
     assert all(torch.equal(p, g) for p, g in zip(phase.cascade.coarse.parameters(), good, strict=True))
     assert "restored" in caplog.text
+    # Adam forgets where the coarse network was heading, and only that.
+    assert set(optimizer.state) == set(phase.cascade.refiner.sam.parameters())
+
+
+def test_the_guard_keeps_its_weights_across_a_resume():
+    phase, checkpoint = e2e(small_cascade(), guard=0.05), {}
+    phase.start_from(0.8)
+    phase.on_save_checkpoint(checkpoint)
+    again = e2e(small_cascade(seed=5), guard=0.05)
+    again.start_from(0.7)
+    again.on_load_checkpoint(checkpoint)
+    dice, state = again._best_coarse
+    assert dice == 0.8
+    assert all(torch.equal(value, phase.cascade.coarse.state_dict()[name]) for name, value in state.items())
 
 
 class NormedSam(SmallSam):

@@ -119,10 +119,12 @@ class E2EPhase(Phase):
         dice = float(self.trainer.callback_metrics["val/coarse/dice"])
         drop = self.baseline - dice
         self.log("val/coarse/vs_baseline", -drop, sync_dist=True)
-        if self._best_coarse is None or dice > self._best_coarse[0]:
-            self._best_coarse = (dice, copy.deepcopy(self.cascade.coarse.state_dict()))
-        if self.protection.guard is not None and drop > self.protection.guard:
+        self._remember(dice)
+        if self.protection.guard is not None and self._best_coarse is not None and drop > self.protection.guard:
             self.cascade.coarse.load_state_dict(self._best_coarse[1])
+            for optimizer in self.trainer.optimizers:  # its moments would go on in the direction that did the harm
+                for parameter in self.cascade.coarse.parameters():
+                    optimizer.state.pop(parameter, None)
             log.warning(
                 "epoch %d: coarse Dice %.4f is %.4f below the Phase 1 baseline, more than protection.guard=%g; "
                 "its best weights (Dice %.4f) are restored",
@@ -147,12 +149,19 @@ class E2EPhase(Phase):
         self.baseline = coarse_dice
         if self.protection.weight_reg > 0:
             self.anchor = WeightAnchor(self.cascade.coarse).to(self.device)
-        self._best_coarse = (coarse_dice, copy.deepcopy(self.cascade.coarse.state_dict()))
+        self._best_coarse = None
+        self._remember(coarse_dice)
+
+    def _remember(self, dice: float) -> None:
+        """Keep the coarse weights of now for `protection.guard` if they are the best so far."""
+        assert self.cascade.coarse is not None
+        if self.protection.guard is not None and (self._best_coarse is None or dice > self._best_coarse[0]):
+            self._best_coarse = (dice, copy.deepcopy(self.cascade.coarse.state_dict()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best coarse weights for `protection.guard` across a resume."""
         super().on_save_checkpoint(checkpoint)
-        if self.protection.guard is not None and self._best_coarse is not None:
+        if self._best_coarse is not None:
             checkpoint["best_coarse"] = {"dice": self._best_coarse[0], "state_dict": self._best_coarse[1]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
