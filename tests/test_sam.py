@@ -103,6 +103,35 @@ def test_single_mask_is_the_first_token(pair):
     torch.testing.assert_close(ours.decode(embedding, boxes=box, multimask=False), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["pbm", "pm", "b"])
+def test_decoder_gradients_equal_plain_path(pair, kind):
+    """To the embedding, to every prompt, and to every parameter of prompt encoder and mask decoder."""
+    ours, reference = pair
+    prompts = prompts_for(kind, 1, ours.mask_size)
+    embedding = torch.randn(1, CHANNELS, 35, 35, generator=torch.Generator().manual_seed(2))
+
+    def plain(embedding: Tensor, points=None, labels=None, boxes=None, masks=None) -> tuple[Tensor, Tensor]:
+        given = None if points is None else (points * SIZE - 0.5, labels)
+        sparse, dense = reference.prompt_encoder(given, None if boxes is None else boxes * SIZE - 0.5, masks)
+        return reference.mask_decoder(embedding, reference.prompt_encoder.get_dense_pe(), sparse, dense, True)
+
+    gradients = []
+    for sam, decode in ((ours, ours.decode), (reference, plain)):
+        inputs = {"embedding": embedding, **prompts}
+        moving = {k: v.clone().requires_grad_() for k, v in inputs.items() if v.is_floating_point()}
+        logits, iou = decode(**(inputs | moving))
+        ((logits * torch.linspace(-1, 1, logits.shape[-1])).tanh().sum() + iou.sum()).backward()
+        parts = [("prompt_encoder", sam.prompt_encoder), ("mask_decoder", sam.mask_decoder)]
+        trained = {f"{part}.{name}": p for part, module in parts for name, p in module.named_parameters()}
+        gradients.append({name: p.grad for name, p in (moving | trained).items() if p.grad is not None})
+        sam.zero_grad()
+    assert set(gradients[0]) >= set(gradients[1]) and len(gradients[1]) > 80
+    for name, found in gradients[0].items():
+        expected = gradients[1].get(name, torch.zeros_like(found))
+        # The absolute part is for biases of keys, whose gradient is zero but for rounding: softmax does not see them.
+        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+
+
 @pytest.mark.parametrize("kind", ["p", "b", "pbm", ""])
 def test_batch_equals_singles(pair, kind):
     ours, _ = pair

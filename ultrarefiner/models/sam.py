@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
+from ultrarefiner.models.sam_decoder import attend_both_ways, draw, embed_masks
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, load_strictly, read_state_dict
 
@@ -111,8 +112,10 @@ class Sam(nn.Module):
         if (points is None) != (labels is None) or any(len(p) != prompts for p in given) or prompts % len(embedding):
             raise ValueError("points need labels, and all prompts one length, a multiple of the number of images")
         sparse = self._embed_sparse(points, labels, boxes).expand(prompts, -1, -1)
-        source = embedding.repeat_interleave(prompts // len(embedding), dim=0) + self._embed_dense(masks)
-        return self._predict(source, sparse, self.multimask if multimask is None else multimask)
+        image = embedding.flatten(2).transpose(1, 2)
+        image = image.repeat_interleave(prompts // len(embedding), dim=0) + self._embed_dense(masks)
+        grid = (embedding.shape[2], embedding.shape[3])
+        return self._predict(image, grid, sparse, self.multimask if multimask is None else multimask)
 
     def _embed_position(self, coordinates: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape D"]:
         """Random Fourier features of (x,y) in [0,1]. Never in half precision: the frequencies are high."""
@@ -143,24 +146,22 @@ class Sam(nn.Module):
         return tokens[0]
 
     def _embed_dense(self, masks: Tensor | None) -> Tensor:
-        if masks is None:
-            return self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
-        return self.prompt_encoder.mask_downscaling(masks)
+        return self.prompt_encoder.no_mask_embed.weight if masks is None else embed_masks(self.prompt_encoder, masks)
 
-    def _predict(self, source: Tensor, sparse: Tensor, multimask: bool) -> tuple[Tensor, Tensor]:
-        """SAM's mask decoder with one prompt set for each source (its own forward repeats all sources for each)."""
+    def _predict(
+        self, image: Float[Tensor, "P N D"], grid: tuple[int, int], sparse: Tensor, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """SAM's mask decoder with one prompt set for each image (its own forward repeats all images for each)."""
         decoder = self.mask_decoder
-        prompts, _, height, width = source.shape
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(prompts, -1, -1)
-        centres = [(torch.arange(n, device=source.device) + 0.5) / n for n in (height, width)]
-        grid = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1)  # (h,w,2) as (x,y)
-        position = self._embed_position(grid).permute(2, 0, 1).expand(prompts, -1, -1, -1)
-        tokens, image = decoder.transformer(source, position, torch.cat([fixed, sparse.to(fixed.dtype)], dim=1))
-        image = decoder.output_upscaling(image.transpose(1, 2).unflatten(2, (height, width)))
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(image), -1, -1)
+        centres = [(torch.arange(n, device=image.device) + 0.5) / n for n in grid]
+        places = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1).flatten(0, 1)  # (N,2) as (x,y)
+        tokens = torch.cat([fixed, sparse.to(fixed.dtype)], dim=1)
+        tokens, keys = attend_both_ways(decoder.transformer, image, self._embed_position(places), tokens)
         # Every token's network runs, also of those not returned: their gradient is then zero and not missing.
         weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
         wanted = slice(1, None) if multimask else slice(0, 1)
-        logits = (weights[:, wanted] @ image.flatten(2)).unflatten(2, image.shape[2:])
+        logits = draw(decoder, keys, weights[:, wanted], *grid)
         return logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
 
 
