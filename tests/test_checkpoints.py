@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, never executed, the previous one kept."""
 
+import ast
 import contextlib
 import os
 import pickle
@@ -8,6 +9,7 @@ import random
 import pytest
 import torch
 
+from ultrarefiner import cli
 from ultrarefiner.errors import UserError
 from ultrarefiner.runs import checkpoints
 
@@ -25,6 +27,16 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=name):
             checkpoints.load(tmp_path / name)
     assert not (tmp_path / "executed.txt").exists()
+
+
+def test_files_are_unpickled_in_one_place():
+    """Known mistake 9 for good: a second `torch.load`, or any other unpickling, would be noticed here."""
+    found = []
+    for path in cli.PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                found.append(f"{path.name}: {ast.unparse(node)}")
+    assert len(found) == 1 and found[0].startswith("safe.py: torch.load(") and "weights_only=True" in found[0]
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from ultrarefiner.phases import losses, metrics
-from ultrarefiner.refine.roi import FullFrame
+from ultrarefiner.refine.roi import FullFrame, paste
 
 
 def masks(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +63,12 @@ def test_change_penalty_weighs_by_the_quality_of_the_coarse_mask():
     weight = (2 * 140 / 340 - 0.6) / 0.4
     expected = weight * (refined[0] - half[0]).abs().mean() / 2
     torch.testing.assert_close(losses.change_penalty(refined, half, target), expected)
+
+
+def test_a_refiner_that_changes_nothing_pays_no_change_penalty():
+    coarse = torch.rand(1, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    same = paste(coarse, FullFrame().boxes(coarse), 40)
+    assert losses.change_penalty(same, coarse, (coarse > 0.5).float()) == pytest.approx(0, abs=1e-6)
 
 
 def test_iou_head_loss_compares_with_the_true_iou_in_the_box():

@@ -113,6 +113,20 @@ def test_only_what_comes_back_from_the_refiner_is_scaled(scale):
         torch.testing.assert_close(got, expected)  # the refiner itself always learns at full strength
 
 
+@pytest.mark.parametrize("phase", ["sam", "e2e"])
+def test_the_refiner_sees_the_frame_and_not_the_coarse_networks_image(phase, monkeypatch):
+    """Known mistake 4, in the phases: training and validation crop the image at its own detail."""
+    seen, original = [], Refiner.forward
+    monkeypatch.setattr(Refiner, "forward", lambda self, image, prob: seen.append(image) or original(self, image, prob))
+    cascade, batch = small_cascade(), small_batch()
+    batch["prob"] = 0.8 * batch["coarse_mask"] + 0.1
+    sam = functools.partial(SamPhase, epochs=1, batch_size=2, lr=1e-3, optimizer=torch.optim.AdamW)
+    tested = sam(cascade) if phase == "sam" else e2e(cascade)
+    tested.terms(batch)
+    tested.masks(batch)
+    assert len(seen) == 2 and all(image is batch["image"] for image in seen)
+
+
 @pytest.mark.parametrize("roi", ["on", "off"])
 def test_the_refined_loss_alone_moves_the_coarse_network(roi):
     from ultrarefiner.refine.roi import FullFrame

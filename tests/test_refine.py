@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.refine.gate import HybridGate, LearnedGate, NoGate, UncertaintyGate
 from ultrarefiner.refine.moments import mask_moments
 from ultrarefiner.refine.prompts import (
@@ -346,6 +347,14 @@ def test_uncertainty_gate_follows_its_formula():
     )
 
 
+def test_a_shut_gate_leaves_the_coarse_mask_where_it_is():
+    """Known mistake 3 again: beside the refined mask lies the coarse one, enlarged without a shift."""
+    refiner = Refiner(LinearSam(), FullFrame(), Prompts(DirectMaskPrompt()))
+    logit = torch.randn(1, 1, 10, 10, dtype=torch.float64)
+    final = Cascade(None, refiner, UncertaintyGate(low=0, high=0)).refine(torch.rand(1, 1, 24, 24).double(), logit)
+    torch.testing.assert_close(final.logits, paste(logit, FullFrame().boxes(logit), 24))
+
+
 def test_learned_gate_starts_half_open_and_learns():
     gate, coarse, refined = LearnedGate(), torch.randn(1, 1, 6, 6), torch.randn(1, 1, 6, 6)
     out = gate(coarse, refined, torch.rand(1, 1, 6, 6))
@@ -447,7 +456,6 @@ def test_senseless_prompt_settings_are_refused(arguments):
 @pytest.mark.parametrize("roi", ["on", "off"])
 def test_the_exact_gradient_through_a_small_sam_against_finite_differences(roi):
     """dL_refined/d(coarse logits), through every part of a real SAM: image encoder, prompt encoder, mask decoder."""
-    from ultrarefiner.models.cascade import Cascade
     from ultrarefiner.models.sam import load_sam
     from ultrarefiner.phases import losses
 

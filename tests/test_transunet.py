@@ -33,7 +33,8 @@ R50 = (3, 4, 9)
 @pytest.mark.parametrize(
     ("name", "units", "n_skip"), [pytest.param("R50-ViT-B_16", R50, 3, marks=pytest.mark.slow), ("ViT-B_16", (), 0)]
 )
-def test_equals_the_published_architecture(name, units, n_skip):
+def test_equals_the_published_architecture(name, units, n_skip, tmp_path):
+    """Through a file: trained at 224, it also fits 256, with the position embeddings that scipy would resample."""
     generator = torch.Generator().manual_seed(0)
     state = {
         key: torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
@@ -42,14 +43,17 @@ def test_equals_the_published_architecture(name, units, n_skip):
         for key, shape in published_shapes(768, 12, 3072, tokens=14**2, units=units).items()
     }
     positions = "transformer.embeddings.position_embeddings"
+    state[positions] = torch.randn(1, 14**2, 768, generator=generator)
+    torch.save(state, tmp_path / "model.pth")
     for image_size in (224, 256):
         with torch.device("meta"):
             model = TransUNet.from_name(name, image_size)
-        state[positions] = torch.randn(1, (image_size // 16) ** 2, 768, generator=generator)
-        model.load_state_dict(state, assign=True)
+        model.load_official(tmp_path / "model.pth")
         image = torch.rand(1, 1, image_size, image_size, generator=generator)
+        zoomed = ndimage.zoom(state[positions].reshape(14, 14, 768), (image_size / 224, image_size / 224, 1), order=1)
         with torch.no_grad():
-            expected = reference(state, image, heads=12, n_skip=n_skip)
+            fitting = state | {positions: torch.from_numpy(zoomed).reshape(1, -1, 768)}
+            expected = reference(fitting, image, heads=12, n_skip=n_skip)
             assert expected.std() > 1e-2
             torch.testing.assert_close(model.eval()(image), expected, atol=1e-4, rtol=0)
 
@@ -164,12 +168,13 @@ def small_google_file(config=SMALL, grid=3):
 
 def test_every_key_of_the_real_file_is_taken(tmp_path):
     np.savez_compressed(tmp_path / "google.npz", **google_file(768, 12, 12, 3072, 14, R50, fill=np.zeros))
-    with torch.device("meta"):
-        transformer = TransUNet.from_name("R50-ViT-B_16").transformer
-    state = google_state(tmp_path / "google.npz", transformer, heads=12)
-    assert {key: value.shape for key, value in state.items()} == {
-        key: value.shape for key, value in transformer.state_dict().items()
-    }
+    for image_size in (224, 256):
+        with torch.device("meta"):
+            transformer = TransUNet.from_name("R50-ViT-B_16", image_size).transformer
+        state = google_state(tmp_path / "google.npz", transformer, heads=12)
+        assert {key: value.shape for key, value in state.items()} == {
+            key: value.shape for key, value in transformer.state_dict().items()
+        }
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_VIT])
