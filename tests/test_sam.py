@@ -268,6 +268,22 @@ def test_litemedsam_equals_its_package(lite, fused):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["p", "b", "m", "pb", "pbm"])
+def test_litemedsam_answers_every_prompt_as_its_package(lite, kind):
+    ours, reference = lite
+    prompts = prompts_for(kind, 1, 256)
+    embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        answer = ours.decode(embedding, **prompts)
+        points = (prompts["points"] * 256 - 0.5, prompts["labels"]) if "points" in prompts else None
+        boxes = prompts["boxes"] * 256 - 0.5 if "boxes" in prompts else None
+        sparse, dense = reference.prompt_encoder(points, boxes, prompts.get("masks"))
+        position = reference.prompt_encoder.get_dense_pe()
+        expected = reference.mask_decoder(embedding, position, sparse, dense, multimask_output=False)
+    for a, b in zip(answer, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_litemedsam_gradient_equals_its_package(lite, checkpointing):
