@@ -117,7 +117,9 @@ def test_only_what_comes_back_from_the_refiner_is_scaled(scale):
 def test_the_refiner_sees_the_frame_and_not_the_coarse_networks_image(phase, monkeypatch):
     """Known mistake 4, in the phases: training and validation crop the image at its own detail."""
     seen, original = [], Refiner.forward
-    monkeypatch.setattr(Refiner, "forward", lambda self, image, *rest: seen.append(image) or original(self, image, *rest))
+    monkeypatch.setattr(
+        Refiner, "forward", lambda self, image, *rest: seen.append(image) or original(self, image, *rest)
+    )
     cascade, batch = small_cascade(), small_batch()
     batch["prob"] = 0.8 * batch["coarse_mask"] + 0.1
     sam = functools.partial(SamPhase, epochs=1, batch_size=2, lr=1e-3, optimizer=torch.optim.AdamW)
