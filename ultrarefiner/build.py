@@ -17,8 +17,21 @@ from ultrarefiner.models.lora import add_lora
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 
-# Keys of a phase that say where its data and its starting weights come from; the rest are its class's arguments.
-SOURCES = ("failures", "softness", "real_ratio", "parts", "coarse", "sam", "coarse_checkpoint", "sam_checkpoint")
+# Keys of a phase that say where its data and its starting weights come from, and how its epochs are counted; the rest
+# are its class's arguments.
+SOURCES = (
+    "patience",
+    "ema_decay",
+    "failures",
+    "masks_per_image",
+    "softness",
+    "real_ratio",
+    "parts",
+    "coarse",
+    "sam",
+    "coarse_checkpoint",
+    "sam_checkpoint",
+)
 
 
 def build(node: Any, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +85,7 @@ def build_data(cfg: DictConfig, kind: type[Phase]) -> DataModule:
         num_workers=cfg.trainer.num_workers,
         augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
+        masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
         cache_dir=Path(cfg.output_root).expanduser() / "cache",
         limit=dict(dataset.limit),

@@ -6,6 +6,7 @@ Imports neither torch nor anything that does.
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner import config
-from ultrarefiner.errors import UserError
+from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
 # In the wheel conf/ and experiments/ lie inside the package, in a checkout beside it.
@@ -41,7 +42,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     """Compose the configuration from the command line and run `task` on it, once or as a sweep.
 
     A mistake of the user ends with one sentence on stderr and status 1, an interrupt with status 130; anything else is
-    a bug and keeps its stack trace.
+    a bug and keeps its stack trace. SIGTERM is an interrupt too (status 143).
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
@@ -58,13 +59,23 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
+            if isinstance(error, Paused):
+                print(error)
+                sys.exit(error.STATUS)
             sys.exit(f"error: {error}")
 
+    ended: list[int] = []
+
+    def end(signum: int, frame: object) -> None:
+        ended.append(signum)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (ended or [signal.SIGINT])[0])
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
 

@@ -7,3 +7,12 @@ class UserError(Exception):
     Its text is one sentence that names what is wrong and says what to do. The entry points print it as
     ``error: ...`` without a stack trace and exit with a non-zero status.
     """
+
+
+class Paused(UserError):
+    """Training stopped before its end, as it was asked to, with everything saved; the same command continues.
+
+    The entry points exit with status 75, by which scripts know that there is more to do.
+    """
+
+    STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later

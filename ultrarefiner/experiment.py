@@ -5,6 +5,7 @@ interrupted, or shows what is finished; a phase that needs earlier ones builds t
 """
 
 import csv
+import functools
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -33,27 +35,31 @@ from ultrarefiner.phases import metrics
 from ultrarefiner.phases.e2e import E2EPhase
 from ultrarefiner.phases.evaluation import evaluate, predict
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs import checkpoints, pictures, provenance, tracking
+from ultrarefiner.runs import checkpoints, hygiene, pictures, provenance, tracking
 from ultrarefiner.upstream import defined_by, earlier_runs, given_checkpoints, settled
 
 Rows = list[dict[str, Any]]
 
 
-def run(cfg: DictConfig, wait: bool = False) -> Path:
+def run(cfg: DictConfig, wait: bool = False, deadline: hygiene.Deadline | None = None) -> Path:
     """Run one phase, or show its result where it is finished, or continue where it was interrupted.
 
     Args:
         cfg: a composed configuration (`conf/train.yaml`).
         wait: for another run, which starts from this one: wait where another process is building the same result
             instead of refusing, and say nothing where it is finished.
+        deadline: of that other run; its own begins here.
 
     Returns:
         The run directory.
 
     Raises:
         UserError: a mistake in the configuration, the data or a checkpoint.
+        Paused: `trainer.budget_minutes` are up.
     """
     _quiet()
+    deadline = deadline or hygiene.Deadline(cfg.trainer.budget_minutes)
+    run_earlier = functools.partial(run, deadline=deadline)
     if cfg.upstream not in ("build", "require"):
         raise UserError(f"upstream={cfg.upstream} is not one of build, require")
     cfg = settled(cfg)
@@ -69,10 +75,12 @@ def run(cfg: DictConfig, wait: bool = False) -> Path:
         phase = build_phase(cfg, kind, given.files)
         with provenance.lock(directory, wait):
             if not distributed.agreed(finished.is_file()):  # by the process that we waited for
-                for name, state in (given.states | earlier_runs(cfg, run)).items():
+                earlier = earlier_runs(cfg, run_earlier)
+                for name, state in (given.states | {name: best_weights(run) for name, run in earlier.items()}).items():
                     load_start(phase, name, state)
-                add_predictions(cfg, data, directory, run)
-                _run(cfg, phase, data, settings, directory)
+                add_predictions(cfg, data, directory, run_earlier)
+                first_step = sum(last_step(run) for run in earlier.values())
+                _run(cfg, phase, data, settings, directory, first_step, deadline)
                 distributed.agreed(None)  # the first process has written the summary
                 show.summary(directory, finished_before=False)
                 return directory
@@ -81,7 +89,26 @@ def run(cfg: DictConfig, wait: bool = False) -> Path:
     return directory
 
 
-def _run(cfg: DictConfig, phase: Phase, data: DataModule, settings: dict[str, Any], directory: Path) -> None:
+def best_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights that a finished run chose."""
+    state: dict[str, torch.Tensor] = checkpoints.load(directory / "checkpoints" / checkpoints.BEST)["state_dict"]
+    return state
+
+
+def last_step(directory: Path) -> int:
+    """Where a finished run's steps end, counted from the first phase that it builds on."""
+    return int(json.loads((directory / "summary.json").read_text(encoding="utf-8"))["last_step"])
+
+
+def _run(
+    cfg: DictConfig,
+    phase: Phase,
+    data: DataModule,
+    settings: dict[str, Any],
+    directory: Path,
+    first_step: int,
+    deadline: hygiene.Deadline,
+) -> None:
     title = f"{cfg.phase.name} · {cfg.dataset.name} · {cfg.model.name} · fold {cfg.fold} · seed {cfg.seed}"
     if cfg.dataset.without is not None:
         title += " · without part {} of {}".format(*cfg.dataset.without)
@@ -91,10 +118,12 @@ def _run(cfg: DictConfig, phase: Phase, data: DataModule, settings: dict[str, An
         save_split(data.split, directory / "folds.csv")
     show.beginning(title, data.describe(), directory)
     phase.settings = settings
-    loggers = _loggers(cfg, title, settings, directory) if first else []
+    loggers = _loggers(cfg, title, settings, directory, first_step) if first else []
     status = "failed"
     try:
-        trainer = _trainer(cfg, phase, loggers, directory)
+        if cfg.trainer.compile:
+            phase.cascade.compile_networks()
+        trainer = _trainer(cfg, phase, loggers, directory, deadline)
         phase.to(trainer.strategy.root_device)
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
         baseline = _baseline(phase, data, measured)
@@ -105,8 +134,12 @@ def _run(cfg: DictConfig, phase: Phase, data: DataModule, settings: dict[str, An
         _save_networks(phase, directory / "checkpoints")
         _write_cases(directory / "cases.csv", data, results["test"], baseline.get("test"))
         drawn = _draw(phase, data, results["test"], directory)
+        summary = _summarise(cfg, title, data, results, baseline, trainer) | {
+            "first_step": first_step,
+            "last_step": first_step + trainer.global_step,
+        }
         tracking.log_pictures(loggers, drawn, trainer.global_step)
-        summary = _summarise(cfg, title, data, results, baseline, trainer)
+        tracking.log_checkpoint(loggers, directory / "checkpoints" / checkpoints.BEST, title)
         for logger in loggers:
             logger.log_metrics(_flat_scores(summary), trainer.global_step)
         status = "success"
@@ -141,8 +174,14 @@ def _fit(trainer: pl.Trainer, phase: Phase, data: DataModule, folder: Path) -> N
     phase.to(trainer.strategy.root_device)
 
 
-def _trainer(cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Path) -> pl.Trainer:
+def _trainer(
+    cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Path, deadline: hygiene.Deadline
+) -> pl.Trainer:
     t = cfg.trainer
+    keeper = checkpoints.KeepCheckpoints(directory / "checkpoints", phase.monitor)
+    average: list[Callback] = []
+    if cfg.phase.ema_decay is not None:
+        average = [EMAWeightAveraging(decay=cfg.phase.ema_decay)]
     return pl.Trainer(
         default_root_dir=directory,
         max_epochs=phase.epochs,
@@ -158,8 +197,12 @@ def _trainer(cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Pa
         deterministic="warn" if t.deterministic else False,
         logger=loggers,
         callbacks=[
+            *average,
             *tracking.callbacks(directory / "metrics.csv", cfg.phase.name, t.progress_bar),
-            checkpoints.KeepCheckpoints(directory / "checkpoints", phase.monitor),
+            hygiene.Estimate(),
+            keeper,
+            hygiene.Patience(cfg.phase.patience, keeper),
+            hygiene.Budget(deadline),
         ],
         plugins=[checkpoints.SafeCheckpointIO(), distributed.environment()],
         enable_progress_bar=tracking.watched(t.progress_bar),
@@ -169,13 +212,14 @@ def _trainer(cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Pa
     )
 
 
-def _loggers(cfg: DictConfig, title: str, settings: dict[str, Any], directory: Path) -> list[Logger]:
+def _loggers(cfg: DictConfig, title: str, settings: dict[str, Any], directory: Path, first_step: int) -> list[Logger]:
     about = {
         "name": title,
         "job_type": cfg.phase.name,
-        "group": f"{cfg.dataset.name}-{cfg.model.name}-{cfg.phase.name}",
+        "group": tracking.group(cfg),
         "tags": [f"fold{cfg.fold}", f"roi_{cfg.roi.name}", f"protection_{cfg.protection.name}", cfg.prompt_style.name],
         "settings": settings,
+        "first_step": first_step,
     }
     # Not recursive: the settings that go along name targets of their own.
     whole = {"_recursive_": False, "_convert_": "all"}
@@ -252,7 +296,7 @@ def _summarise(
         "baseline": {part: metrics.mean_scores(rows, "coarse") for part, rows in baseline.items()} or None,
         **scores,
         "best_epoch": keeper.best_epoch,
-        "epochs": trainer.max_epochs,
+        "epochs": trainer.current_epoch,
         "data": data.describe(),
         "environment": provenance.environment(),
         "config": plain(cfg),

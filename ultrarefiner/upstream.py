@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -54,8 +55,8 @@ def given_checkpoints(cfg: DictConfig) -> Given:
     return given
 
 
-def earlier_runs(cfg: DictConfig, run: Callable[[DictConfig, bool], Path]) -> dict[str, dict[str, Tensor]]:
-    """The weights of the earlier phases that this one names and that were not given; built or refused.
+def earlier_runs(cfg: DictConfig, run: Callable[[DictConfig, bool], Path]) -> dict[str, Path]:
+    """The directories of the earlier phases that this one names and that were not given; built or refused.
 
     Args:
         cfg: the composed configuration.
@@ -64,15 +65,14 @@ def earlier_runs(cfg: DictConfig, run: Callable[[DictConfig, bool], Path]) -> di
     Raises:
         UserError: with `upstream=require`, a run is missing; the sentence has the command that builds it.
     """
-    states = {}
+    directories = {}
     for name in MUST_AGREE:
         if f"{name}_checkpoint" in cfg.phase and cfg.phase[f"{name}_checkpoint"] is None:
             earlier = earlier_phase(cfg, name)
             if cfg.upstream == "require":
                 require_run(earlier, name)
-            best = run(earlier, True) / "checkpoints" / checkpoints.BEST
-            states[name] = checkpoints.load(best)["state_dict"]
-    return states
+            directories[name] = run(earlier, True)
+    return directories
 
 
 def wants_predictions(phase: DictConfig) -> bool:
@@ -83,12 +83,16 @@ def wants_predictions(phase: DictConfig) -> bool:
 def settled(cfg: DictConfig) -> DictConfig:
     """The configuration, with how the coarse network is trained for out-of-fold predictions only where they are wanted.
 
-    What a phase does not use must not define its result.
+    What a phase does not use must not define its result; and the precision that the machine decides does.
 
     Raises:
-        UserError: what is said of the predictions is out of range or contradicts itself.
+        UserError: what is said of the predictions, of patience or of averaging is out of range or contradicts itself.
     """
     cfg = copy.deepcopy(cfg)
+    if cfg.trainer.precision == "auto":
+        gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    _check_epochs(cfg)
     node = cfg.phase.get("sam", cfg.phase)
     if "softness" in node:
         _check_predictions(node)
@@ -102,6 +106,18 @@ def defined_by(cfg: DictConfig) -> tuple[str, ...]:
     """The configuration nodes that define the phase's result, beside the ones that every phase has."""
     kind: Any = get_class(cfg.phase._target_)
     return (*kind.defined_by, *(CoarsePhase.defined_by if wants_predictions(cfg.phase) else ()))
+
+
+def _check_epochs(cfg: DictConfig) -> None:
+    patience, decay = cfg.phase.patience, cfg.phase.ema_decay
+    if patience is not None and patience < 1:
+        raise UserError(f"phase.patience={patience} would end before the first epoch; give 1 or more, or null")
+    if decay is not None and not 0 < decay < 1:
+        raise UserError(f"phase.ema_decay={decay} is no decay; give a value between 0 and 1 such as 0.999, or null")
+    if decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
+        raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    if cfg.trainer.budget_minutes is not None and cfg.trainer.budget_minutes <= 0:
+        raise UserError(f"trainer.budget_minutes={cfg.trainer.budget_minutes} leaves no time; give more, or null")
 
 
 def _check_predictions(node: DictConfig) -> None:

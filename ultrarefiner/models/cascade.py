@@ -61,15 +61,28 @@ class Cascade(nn.Module):
         self.coarse, self.refiner, self.gate = coarse, refiner, gate
         self.grad_scale = grad_scale
 
-    def refine(self, image: Float[Tensor, "B 1 S S"], coarse_logit: Float[Tensor, "B 1 C C"]) -> Refinement:
-        """Redraw a coarse mask given as the lesion's logit."""
+    def compile_networks(self) -> None:
+        """Compile what takes the time, in place: parameters keep their names."""
+        if self.coarse is not None:
+            self.coarse.compile()
+        if self.refiner is not None:
+            self.refiner.sam.get_submodule("image_encoder").compile()
+
+    def refine(
+        self,
+        image: Float[Tensor, "B 1 S S"],
+        coarse_logit: Float[Tensor, "P 1 C C"],
+        margins: Float[Tensor, "B 4"] | None = None,
+    ) -> Refinement:
+        """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
         coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
-        refined = self.refiner(image, torch.sigmoid(coarse_logit))
+        refined = self.refiner(image, torch.sigmoid(coarse_logit), margins)
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)
-        return refined._replace(logits=self.gate(coarse_frame, refined.logits, image))
+        each = image.repeat_interleave(len(coarse_logit) // len(image), dim=0)
+        return refined._replace(logits=self.gate(coarse_frame, refined.logits, each))
 
     def forward(self, coarse_image: Float[Tensor, "B 1 C C"], image: Float[Tensor, "B 1 S S"]) -> CascadeOutput:
         """The coarse logits and the redrawn mask of images in [0, 1], given at both sizes."""

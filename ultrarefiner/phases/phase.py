@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ultrarefiner.distributed import gather
+from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.phases import metrics
+
+EXPLODED = 1e4
+"""A loss that no mask can cause: training diverges."""
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -71,6 +75,7 @@ class Phase(pl.LightningModule):
         self.settings: dict[str, Any] = {}
         """What defines the result; every checkpoint carries it."""
         self._rows: list[dict[str, float]] = []
+        self._ids: list[str] = []
 
     @abstractmethod
     def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -105,8 +110,16 @@ class Phase(pl.LightningModule):
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One step: the loss and its terms, logged as means over the epoch."""
+        """One step: the loss and its terms, logged as means over the epoch.
+
+        Raises:
+            UserError: training diverges.
+        """
         terms = self.terms(batch)
+        self._ids = list(batch["id"])
+        if not abs(float(terms["loss"].detach())) < EXPLODED:
+            listed = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
+            raise self._diverged(f"the loss is {listed}")
         for name, value in terms.items():
             self.log(
                 f"train/{name}",
@@ -117,6 +130,26 @@ class Phase(pl.LightningModule):
                 sync_dist=True,
             )
         return terms["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a gradient that is not finite spoils the weights.
+
+        Raises:
+            UserError: training diverges.
+        """
+        if getattr(self.trainer, "scaler", None) is not None:  # float16 skips such steps by itself
+            return
+        norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if norms and not bool(torch.stack(norms).isfinite().all()):
+            raise self._diverged("the loss is finite, its gradient is not")
+
+    def _diverged(self, what: str) -> UserError:
+        rates = " or ".join(f"phase.{key}" for key in ("lr", "coarse_lr", "sam_lr") if hasattr(self, key))
+        return UserError(
+            f"training diverges in epoch {self.current_epoch + 1}, step {self.trainer.global_step + 1}: {what}, on the "
+            f"cases {', '.join(self._ids)}; look at these images, lower {rates}, set phase.grad_clip, or train with "
+            "trainer.precision=32-true. The checkpoint of the epoch before is kept"
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new table."""

@@ -251,7 +251,7 @@ def _log_to_wandb(config: DictConfig, folder: Path, title: str, rows: list[Row],
     about = {
         "name": f"sweep {folder.name}: {title}",
         "job_type": "sweep",
-        "group": f"{config.dataset.name}-{config.model.name}-{config.phase.name}",
+        "group": f"sweep {folder.name}",
         "tags": ["sweep"],
         "settings": {"overrides": list(config.hydra.overrides.task)},
         "_convert_": "all",

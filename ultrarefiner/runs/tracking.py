@@ -7,13 +7,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
 from ultrarefiner.runs.checkpoints import write_atomically
@@ -106,11 +109,37 @@ def callbacks(path: Path, title: str, bar: bool) -> list[Callback]:
     return [*shown, MetricsTable(path, title)]
 
 
-def tensorboard_logger(directory: Path, **run: Any) -> Logger:
-    """TensorBoard files in the run directory (`tensorboard --logdir outputs`)."""
-    from pytorch_lightning.loggers import TensorBoardLogger
+def group(cfg: DictConfig) -> str:
+    """What runs that belong together are called: the sweep they are jobs of, else dataset, model and phase."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"sweep {Path(HydraConfig.get().sweep.dir).name}"
+    return f"{cfg.dataset.name}-{cfg.model.name}-{cfg.phase.name}"
 
-    return TensorBoardLogger(directory, name="", version="tensorboard")
+
+class _CountedOn:
+    """Steps go on from those of the earlier phases that a run starts from: one axis for the whole chain."""
+
+    first_step = 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else step + self.first_step)  # type: ignore[misc]
+
+
+class TensorBoard(_CountedOn, TensorBoardLogger):
+    """Files for TensorBoard, see `tensorboard_logger`."""
+
+
+class Wandb(_CountedOn, WandbLogger):
+    """A run of Weights & Biases, see `wandb_logger`."""
+
+    artifact = False
+
+
+def tensorboard_logger(directory: Path, *, first_step: int = 0, **run: Any) -> Logger:
+    """TensorBoard files in the run directory (`tensorboard --logdir outputs`)."""
+    logger = TensorBoard(directory, name="", version="tensorboard")
+    logger.first_step = first_step
+    return logger
 
 
 def wandb_logger(
@@ -121,9 +150,11 @@ def wandb_logger(
     tags: list[str],
     group: str,
     settings: dict[str, Any],
+    first_step: int = 0,
     project: str = "ultrarefiner",
     entity: str | None = None,
     wandb_group: str | None = None,
+    artifact: bool = False,
 ) -> Logger:
     """A Weights & Biases run that continues when the same directory is resumed.
 
@@ -132,12 +163,13 @@ def wandb_logger(
     Args:
         directory: the run directory; its hash is the run's id.
         name, job_type, tags, group, settings: what the run is called, and its configuration.
+        first_step: the number of the first step: those of the earlier phases that this one starts from come before.
         project, entity: where it goes.
         wandb_group: instead of `group`.
+        artifact: upload the best checkpoint.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
-    from pytorch_lightning.loggers import WandbLogger
 
     begin = functools.partial(
         wandb.init,
@@ -151,8 +183,15 @@ def wandb_logger(
         id=directory.name,
         dir=directory,
     )
+
+    def finish(run: Any) -> Logger:
+        run.define_metric("*", step_metric="trainer/global_step")
+        logger = Wandb(experiment=run)
+        logger.first_step, logger.artifact = first_step, artifact
+        return logger
+
     if "WANDB_MODE" in os.environ:
-        return WandbLogger(experiment=begin())
+        return finish(begin())
     try:
         run = begin(resume="allow") if wandb.login(prompt=False) else begin(mode="offline")
     except wandb.errors.CommError as error:
@@ -160,7 +199,7 @@ def wandb_logger(
             "Weights & Biases cannot be reached (%s); the run is written to disk, `wandb sync` uploads it", error
         )
         run = begin(mode="offline")
-    return WandbLogger(experiment=run)
+    return finish(run)
 
 
 def close(loggers: list[Logger], status: str) -> None:
@@ -170,8 +209,6 @@ def close(loggers: list[Logger], status: str) -> None:
         loggers: of the run that ends.
         status: "success" or "failed".
     """
-    from pytorch_lightning.loggers import WandbLogger
-
     for logger in loggers:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
@@ -179,16 +216,25 @@ def close(loggers: list[Logger], status: str) -> None:
 
 
 def log_pictures(loggers: list[Logger], pictures: dict[str, Path], step: int) -> None:
-    """Give the pictures of a run to the loggers that take pictures."""
-    from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-
+    """Give the pictures of a run to the loggers that take pictures; `step` is counted in this phase."""
     for logger in loggers:
         for key, path in pictures.items():
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, Wandb):
                 logger.log_image(key, [str(path)], step=step)
-            elif isinstance(logger, TensorBoardLogger):
+            elif isinstance(logger, TensorBoard):
                 import cv2
 
                 picture = cv2.imread(str(path))
                 if picture is not None:
-                    logger.experiment.add_image(key, picture[:, :, ::-1], step, dataformats="HWC")
+                    logger.experiment.add_image(key, picture[:, :, ::-1], step + logger.first_step, dataformats="HWC")
+
+
+def log_checkpoint(loggers: list[Logger], path: Path, title: str) -> None:
+    """Upload a checkpoint as an artifact where `logger.wandb.artifact` asks for it."""
+    for logger in loggers:
+        if isinstance(logger, Wandb) and logger.artifact:
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", description=title)
+            artifact.add_file(str(path))
+            logger.experiment.log_artifact(artifact, aliases=["best"])
