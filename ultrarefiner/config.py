@@ -160,15 +160,27 @@ class ProtectionConfig:
 
 
 @dataclass
-class CoarsePhaseConfig:
+class PhaseConfig:
+    """What every phase has."""
+
+    name: str = MISSING
+    _target_: str = MISSING
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    optimizer: dict[str, Any] = MISSING
+    patience: int | None = None
+    """End when the validation Dice has not risen for so many epochs; null trains to the end."""
+    ema_decay: float | None = None
+    """Judge, and keep, an exponential moving average of the weights, such as 0.999; null keeps the weights."""
+
+
+@dataclass
+class CoarsePhaseConfig(PhaseConfig):
     """Phase 1: the coarse network alone."""
 
     name: str = "coarse"
     _target_: str = "ultrarefiner.phases.coarse.CoarsePhase"
-    epochs: int = MISSING
-    batch_size: int = MISSING
     lr: float = MISSING
-    optimizer: dict[str, Any] = MISSING
     poly_power: float = 0.9
     ce_weight: float = 0.5
     dice_weight: float = 0.5
@@ -176,15 +188,12 @@ class CoarsePhaseConfig:
 
 
 @dataclass
-class SamPhaseConfig:
+class SamPhaseConfig(PhaseConfig):
     """Phase 2: SAM on simulated coarse masks."""
 
     name: str = "sam"
     _target_: str = "ultrarefiner.phases.sam.SamPhase"
-    epochs: int = MISSING
-    batch_size: int = MISSING
     lr: float = MISSING
-    optimizer: dict[str, Any] = MISSING
     bce_weight: float = 1.0
     dice_weight: float = 1.0
     focal_weight: float = 0.5
@@ -193,6 +202,9 @@ class SamPhaseConfig:
     good_from: float = 0.6
     grad_clip: float | None = 1.0
     failures: dict[str, Any] = MISSING
+    masks_per_image: int = 1
+    """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
+    cases and batch_size·masks_per_image masks."""
     softness: str | None = None
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
     real_ratio: float = 0.0
@@ -204,16 +216,13 @@ class SamPhaseConfig:
 
 
 @dataclass
-class E2EPhaseConfig:
+class E2EPhaseConfig(PhaseConfig):
     """Phase 3: both networks."""
 
     name: str = "e2e"
     _target_: str = "ultrarefiner.phases.e2e.E2EPhase"
-    epochs: int = MISSING
-    batch_size: int = MISSING
     coarse_lr: float = MISSING
     sam_lr: float = MISSING
-    optimizer: dict[str, Any] = MISSING
     ce_weight: float = 0.5
     coarse_dice_weight: float = 0.5
     bce_weight: float = 1.0
@@ -262,10 +271,15 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     strategy: str = "auto"
-    precision: str = "32-true"
+    precision: str = "auto"
+    """One of Lightning's; auto: bf16-mixed on a GPU that has it, else 32-true."""
     num_workers: int = 0
     accumulate: int = 1
     deterministic: bool = True
+    compile: bool = False
+    """Compile the coarse network and SAM's image encoder (`torch.compile`): minutes at the start, faster steps."""
+    budget_minutes: float | None = None
+    """Stop between epochs when the next would end later than this; the same command continues."""
     progress_bar: bool = True
 
 

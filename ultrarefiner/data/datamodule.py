@@ -38,6 +38,7 @@ class DataModule(pl.LightningDataModule):
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
         predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
         cache_dir: where decoded frames are kept.
         limit: the most cases of each part, for short runs.
@@ -61,6 +62,7 @@ class DataModule(pl.LightningDataModule):
         augment: Augment | None = None,
         simulator: Simulator | None = None,
         predictions: Predictions | None = None,
+        masks_per_image: int = 1,
         frame: bool = True,
         limit: Limits | Mapping[str, int | None] | None = None,
         include_normal: bool = False,
@@ -77,6 +79,9 @@ class DataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.augment, self.frame = augment, frame
         self.simulator, self.predictions = simulator, predictions
+        if masks_per_image < 1:
+            raise UserError(f"phase.masks_per_image={masks_per_image} leaves nothing to refine: give 1 or more.")
+        self.masks_per_image = masks_per_image
         self.cache_dir = Path(cache_dir)
         self.limit = limit
         if without is not None and len(without) != 2:
@@ -169,8 +174,9 @@ class DataModule(pl.LightningDataModule):
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions = self.predictions if part == "train" else None
-        return Cases(self.split.part(part), self._source, self.seed, augment, self.simulator, predictions, native)
+        predictions, masks = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        cases = self.split.part(part)
+        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, masks)
 
     def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader:
         processes = distributed.size()

@@ -38,7 +38,7 @@ class Source:
 class Cases(Dataset):
     """Cases as dictionaries.
 
-    "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (1, C, C): float32 in [0, 1];
+    "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (K, C, C): float32 in [0, 1];
     "index" int, "id" str, and "native_mask" bool (H, W). image and mask need ``source.full``, prob a simulator,
     native_mask ``native=True``.
 
@@ -50,6 +50,7 @@ class Cases(Dataset):
         simulator: (coarse mask, seed) → simulated prediction of the coarse network.
         predictions: real ones, of which a share takes the place of simulated ones.
         native: add the mask from the original file, at its own size.
+        masks_per_image: K, simulated predictions of one (changed) case.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Cases(Dataset):
         simulator: Simulator | None = None,
         predictions: Predictions | None = None,
         native: bool = False,
+        masks_per_image: int = 1,
     ) -> None:
         self.cases = tuple(cases)
         self.source = source
@@ -69,6 +71,7 @@ class Cases(Dataset):
         self.simulator = simulator
         self.predictions = predictions
         self.native = native
+        self.masks_per_image = masks_per_image
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -89,23 +92,26 @@ class Cases(Dataset):
         for prefix, (image, mask) in pairs.items():
             item[f"{prefix}image"] = _tensor(image)
             item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
-        prob = self._prob(case, pairs["coarse_"][1], change, failure_seed(self.seed, epoch, index))
-        if prob is not None:
-            item["prob"] = torch.from_numpy(np.ascontiguousarray(prob, dtype=np.float32))[None]
+        if self.simulator is not None or self.predictions is not None:
+            several = range(index * self.masks_per_image, (index + 1) * self.masks_per_image)
+            seeds = [failure_seed(self.seed, epoch, number) for number in several]
+            probs = [self._prob(case, pairs["coarse_"][1], change, seed) for seed in seeds]
+            item["prob"] = torch.from_numpy(np.stack(probs).astype(np.float32, copy=False))
         if self.native:
             item["native_mask"] = self.source.reader.read(case)[1]
         return item
 
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
-    ) -> Float32[np.ndarray, "C C"] | None:
+    ) -> Float32[np.ndarray, "C C"]:
         """A prediction for the (changed) mask: a real one, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
         if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:
             real = self.predictions.load(case, mask.shape[0])
             # what comes into the frame from outside is as sure to be background as anything in it
             return np.maximum(change.warp(real)[0], real.min()) if change else real
-        return self.simulator(mask, seed) if self.simulator is not None else None
+        assert self.simulator is not None
+        return self.simulator(mask, seed)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -9,6 +9,10 @@ from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.phase import OptimizerFactory, Phase
 
+# Where K masks share a crop, each side of the box that covers theirs moves outwards by up to this share of its size, so
+# that the lesion does not fill every crop alike.
+MARGIN = 0.1
+
 
 def sam_parameters(cascade: Cascade) -> list[nn.Parameter]:
     """What Phases 2 and 3 move of the refiner: SAM's trainable parts and the gate."""
@@ -71,15 +75,18 @@ class SamPhase(Phase):
         return [{"name": "sam", "params": sam_parameters(self.cascade), "lr": self.lr}]
 
     def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The quality-aware loss in the frame."""
-        coarse, target = batch["prob"], batch["mask"]
-        refined = self.cascade.refine(batch["image"], soft_logit(coarse))
+        """The quality-aware loss in the frame, of all K coarse masks of each image ("prob" is (B,K,C,C))."""
+        images, several = batch["prob"].shape[:2]
+        coarse = batch["prob"].flatten(0, 1)[:, None]
+        target, coarse_target = (batch[name].repeat_interleave(several, dim=0) for name in ("mask", "coarse_mask"))
+        margins = MARGIN * torch.rand(images, 4).to(coarse) if several > 1 else None
+        refined = self.cascade.refine(batch["image"], soft_logit(coarse), margins)
         prob = refined.logits.sigmoid()
         terms = {
             "bce": losses.bce(refined.logits, target),
             "dice": losses.soft_dice_loss(prob, target),
             "focal": losses.focal(refined.logits, target),
-            "change": losses.change_penalty(prob, coarse, batch["coarse_mask"], self.good_from),
+            "change": losses.change_penalty(prob, coarse, coarse_target, self.good_from),
             "iou": losses.iou_head_loss(refined.masks, refined.iou, target, refined.boxes),
         }
         terms["loss"] = sum((getattr(self, f"{name}_weight") * value for name, value in terms.items()), torch.zeros(()))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ultrarefiner.refine.moments import precise
 from ultrarefiner.refine.prompts import Prompts
-from ultrarefiner.refine.roi import crop, paste
+from ultrarefiner.refine.roi import covering, crop, paste
 
 
 class Roi(Protocol):
@@ -30,24 +30,24 @@ class PromptableModel(Protocol):
     def decode(
         self,
         embedding: Float[Tensor, "B C h w"],
-        points: Float[Tensor, "B N 2"] | None,
-        labels: Int[Tensor, "B N"] | None,
-        boxes: Float[Tensor, "B 4"] | None,
-        masks: Float[Tensor, "B 1 M M"] | None,
-    ) -> tuple[Float[Tensor, "B K M M"], Float[Tensor, "B K"]]:
-        """K low-resolution mask logits and their predicted IoUs."""
+        points: Float[Tensor, "P N 2"] | None,
+        labels: Int[Tensor, "P N"] | None,
+        boxes: Float[Tensor, "P 4"] | None,
+        masks: Float[Tensor, "P 1 M M"] | None,
+    ) -> tuple[Float[Tensor, "P K M M"], Float[Tensor, "P K"]]:
+        """K low-resolution mask logits and their predicted IoUs; P / B neighbouring prompt sets share an embedding."""
 
 
 class Refinement(NamedTuple):
-    """What the refiner made of one batch."""
+    """What the refiner made of one batch of P coarse masks."""
 
-    logits: Float[Tensor, "B 1 S S"]
+    logits: Float[Tensor, "P 1 S S"]
     """The redrawn mask in the frame."""
-    boxes: Float[Tensor, "B 4"]
+    boxes: Float[Tensor, "P 4"]
     """Where the model looked."""
-    masks: Float[Tensor, "B K M M"]
+    masks: Float[Tensor, "P K M M"]
     """The candidate masks in the box, at low resolution."""
-    iou: Float[Tensor, "B K"]
+    iou: Float[Tensor, "P K"]
     """The IoU that the model predicts for each of them."""
 
 
@@ -101,16 +101,30 @@ class Refiner(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return sam.encode(crop(image, boxes.detach(), sam.image_size))
 
-    def forward(self, image: Float[Tensor, "B 1 S S"], prob: Float[Tensor, "B 1 h w"]) -> Refinement:
-        """Redraw the mask that `prob` proposes.
+    def forward(
+        self,
+        image: Float[Tensor, "B 1 S S"],
+        prob: Float[Tensor, "P 1 h w"],
+        margins: Float[Tensor, "B 4"] | None = None,
+    ) -> Refinement:
+        """Redraw the masks that `prob` proposes: P = B, one for each image; or P = B·n, n neighbouring ones for each.
+
+        The n masks of an image share one crop, whose box covers all of theirs, so it is encoded once.
 
         Args:
             image: the frame in [0, 1], S × S pixels.
-            prob: the coarse probability map in [0, 1], at the coarse network's resolution.
+            prob: the coarse probability maps in [0, 1], at the coarse network's resolution.
+            margins: see `roi.covering`.
+
+        Raises:
+            ValueError: P is no multiple of B.
         """
+        if len(prob) % len(image):
+            raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        boxes = self.roi.boxes(prob)  # type: ignore[operator]
+        shared = covering(self.roi.boxes(prob), len(image), margins)  # type: ignore[operator]
+        boxes = shared.repeat_interleave(len(prob) // len(image), dim=0)
         prompts = self.prompts(crop(prob, boxes, sam.mask_size), sam.mask_size)
-        masks, iou = sam.decode(self.encode(image, boxes), *prompts)
+        masks, iou = sam.decode(self.encode(image, shared), *prompts)
         chosen = select(masks, iou, self.selection_temperature)
         return Refinement(paste(chosen, boxes, image.shape[-1]), boxes, masks, iou)

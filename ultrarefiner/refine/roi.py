@@ -45,6 +45,23 @@ class FullFrame(nn.Module):
         return precise(prob).new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(prob), 4)
 
 
+def covering(
+    boxes: Float[Tensor, "P 4"], images: int, margins: Float[Tensor, "B 4"] | None = None
+) -> Float[Tensor, "B 4"]:
+    """One box for each of B = `images` images that holds its n = P / B neighbouring boxes; for n = 1 these themselves.
+
+    Args:
+        boxes: (x1, y1, x2, y2) in [0, 1].
+        margins: how far each side then moves outwards, as a fraction of the box's own width or height; ≥ 0.
+    """
+    grouped = boxes.unflatten(0, (images, -1))
+    box = torch.cat([grouped[..., :2].amin(1), grouped[..., 2:].amax(1)], dim=1)
+    if margins is None:
+        return box
+    size = box[:, 2:] - box[:, :2]
+    return torch.cat([box[:, :2] - margins[:, :2] * size, box[:, 2:] + margins[:, 2:] * size], dim=1).clamp(0, 1)
+
+
 def _sides(boxes: Float[Tensor, "B 4"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x1, y1, x2, y2 = precise(boxes).unbind(1)
     return x1[:, None], y1[:, None], x2[:, None], y2[:, None]
