@@ -197,6 +197,7 @@ def _trainer(
         deterministic="warn" if t.deterministic else False,
         logger=loggers,
         callbacks=[
+            distributed.KeepSignals(),
             *average,
             *tracking.callbacks(directory / "metrics.csv", cfg.phase.name, t.progress_bar),
             hygiene.Estimate(),
@@ -204,7 +205,7 @@ def _trainer(
             hygiene.Patience(cfg.phase.patience, keeper),
             hygiene.Budget(deadline),
         ],
-        plugins=[checkpoints.SafeCheckpointIO(), distributed.environment()],
+        plugins=[checkpoints.SafeCheckpointIO(), *distributed.plugins()],
         enable_progress_bar=tracking.watched(t.progress_bar),
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -21,7 +21,7 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import Cases, collate
 from ultrarefiner.data.failure_softness import Softness
 from ultrarefiner.data.predictions import Predictions
-from ultrarefiner.distributed import agreed
+from ultrarefiner.distributed import agreed, rank
 from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.upstream import FIT, earlier_phase, require_run, wants_predictions
@@ -62,12 +62,20 @@ def _earlier(cfg: DictConfig, part: int) -> DictConfig:
 
 def _predict_part(cfg: DictConfig, predictions: Predictions, run: Callable[[DictConfig, bool], Path]) -> None:
     data = build_data(cfg, CoarsePhase)
-    missing = [index for index, case in enumerate(data.split.held) if not predictions.path(case).is_file()]
-    if not agreed(missing):  # a run that was interrupted later
+    missing = agreed([i for i, case in enumerate(data.split.held) if not predictions.path(case).is_file()])
+    if not missing:  # a run that was interrupted later
         return
     if cfg.upstream == "require":
         require_run(cfg, "coarse")
-    weights = checkpoints.load(run(cfg, True) / "checkpoints" / checkpoints.BEST)["state_dict"]
+    best = run(cfg, True) / "checkpoints" / checkpoints.BEST
+    if rank() == 0:
+        _predict(cfg, data, missing, checkpoints.load(best)["state_dict"], predictions)
+    agreed(None)  # the first process has written them
+
+
+def _predict(
+    cfg: DictConfig, data: DataModule, missing: list[int], weights: dict[str, torch.Tensor], predictions: Predictions
+) -> None:
     phase = build_phase(cfg, CoarsePhase, {})
     phase.load_state_dict(weights)
     on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
