@@ -1,12 +1,14 @@
 """The `frozen` gradient mode against `exact`: how alike are the gradients, and what does each cost?
 
-    python benchmarks/gradients.py --data-root ~/BUSBRA [--cases 24] [model=base model.sam.checkpoint=sam.pth ...]
+    python benchmarks/gradients.py --data-root ~/BUSBRA [--cases 24] [roi=off ...]
+    python benchmarks/gradients.py --data-root ~/BUSBRA model=base model.sam.checkpoint=medsam_vit_b.pth
+    python benchmarks/gradients.py --data-root ~/BUSBRA --cost --cases 1 model=base +model.sam.random_init=true
 
 For training patients of BUS-BRA with a simulated coarse mask each, the refined loss of Phase 3 (BCE + Dice) is
 differentiated with respect to the coarse logits, through the refiner as model=lite configures it. Each mode runs in a
 process of its own, so its peak memory is its own. And since an exact slope may hold over a tiny step only, each
 gradient is followed downhill for `STEPS`, and the change of the loss noted. Times are processor seconds, which a busy
-machine spoils least. Prints Markdown.
+machine spoils least. `--cost` measures time and memory alone, as for random weights. Prints Markdown.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         forward.append(between - began)
         backward.append(ended - between)
         cascade.zero_grad()
-        if options.mode == "exact, checkpointing":  # the same gradient as without
+        if options.cost or options.mode == "exact, checkpointing":  # the latter's gradient is that of exact
             continue
         with torch.no_grad():
             downhill = -logit.grad / logit.grad.norm()
@@ -92,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--cost", action="store_true", help="time and memory alone")
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)  # of a process of this script's own
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for ultrarefiner.train")
@@ -106,20 +109,23 @@ def main() -> None:
             subprocess.run([sys.executable, *sys.argv, "--mode", mode, "--result", str(result)], check=True)
             found[mode] = torch.load(result, weights_only=True)
     print(f"{options.cases} patients, {torch.get_num_threads()} threads\n")
-    print("| mode | forward, CPU s | backward, CPU s | peak memory (before), GB | cosine, least | norm / exact's |")
-    print("|---|---|---|---|---|---|")
-    exact, frozen = (found[mode] for mode in ("exact", "frozen"))
+    print("| mode | forward, CPU s | backward, CPU s | peak memory (before), GB |")
+    print("|---|---|---|---|")
     for mode, result in found.items():
-        cosine = F.cosine_similarity(result["gradients"], exact["gradients"])
-        ratio = result["gradients"].norm(dim=1) / exact["gradients"].norm(dim=1)
-        print(
-            f"| {mode} | {result['forward']:.2f} | {result['backward']:.2f} | {result['peak']:.2f} "
-            f"({result['before']:.2f}) | {cosine.mean():.3f} ± {cosine.std():.3f}, {cosine.min():.3f} | "
-            f"{ratio.mean():.2f} ± {ratio.std():.2f} |"
-        )
-    print(
-        "\n| step | loss, exact | falls in | loss, frozen | falls in | frozen − exact, standard error |"
-    )
+        memories = f"{result['peak']:.2f} ({result['before']:.2f})"
+        print(f"| {mode} | {result['forward']:.2f} | {result['backward']:.2f} | {memories} |")
+    if not options.cost:
+        compare(found["exact"], found["frozen"])
+
+
+def compare(exact: dict[str, Any], frozen: dict[str, Any]) -> None:
+    """Print how alike the gradients of both modes are, and what following each is worth."""
+    cosine = F.cosine_similarity(frozen["gradients"], exact["gradients"])
+    ratio = frozen["gradients"].norm(dim=1) / exact["gradients"].norm(dim=1)
+    quartiles = ", ".join(f"{value:.2f}" for value in cosine.quantile(torch.linspace(0, 1, 5)))
+    print(f"\ncosine {cosine.mean():.3f} ± {cosine.std():.3f} (least, quartiles, most: {quartiles})")
+    print(f"norm of frozen / norm of exact {ratio.mean():.2f} ± {ratio.std():.2f}")
+    print("\n| step | loss, exact | falls in | loss, frozen | falls in | frozen − exact, standard error |")
     print("|---|---|---|---|---|---|")
     for step, one, other in zip(STEPS, exact["changes"].T, frozen["changes"].T, strict=True):
         more = other - one

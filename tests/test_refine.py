@@ -23,7 +23,7 @@ from ultrarefiner.refine.prompts import (
     soft_box,
 )
 from ultrarefiner.refine.refiner import Refiner, select
-from ultrarefiner.refine.roi import BACKGROUND_LOGIT, FullFrame, LesionRoi, crop, paste
+from ultrarefiner.refine.roi import BACKGROUND_LOGIT, FullFrame, LesionRoi, covering, crop, paste
 
 MASK_PROMPTS = {
     "direct": DirectMaskPrompt(),
@@ -324,6 +324,8 @@ def test_gradcheck_of_crop_and_paste_in_values_and_boxes():
     boxes = torch.tensor([[0.21, 0.13, 0.71, 0.66], [0.3, 0.2, 0.93, 0.81]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x, b: crop(x, b, 7), (x, boxes))
     assert gradcheck(lambda x, b: paste(x, b, 13), (x, boxes))
+    margins = torch.tensor([[0.1, 0.0, 0.03, 0.2]], dtype=torch.float64)
+    assert gradcheck(lambda b: (covering(b, 1, margins), covering(b, 2)), boxes)
 
 
 def test_gradcheck_of_select_and_gates():
