@@ -19,6 +19,7 @@ from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.prompts import DirectMaskPrompt, Prompts
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import LesionRoi
+from ultrarefiner.runs.checkpoints import KeepCheckpoints
 
 
 class SmallCoarse(nn.Module):
@@ -221,9 +222,26 @@ def test_the_guard_restores_the_best_coarse_weights(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         after_validation(phase, 0.7, monkeypatch, optimizer)
     assert all(torch.equal(p, g) for p, g in zip(phase.cascade.coarse.parameters(), good, strict=True))
-    assert "restored" in caplog.text
+    assert "restored" in caplog.text and not phase.measured
+    after_validation(phase, 0.79, monkeypatch)
+    assert phase.measured
     # Adam forgets where the coarse network was heading, and only that.
     assert set(optimizer.state) == set(phase.cascade.refiner.sam.parameters())
+
+
+def test_restored_weights_are_no_best_epoch(tmp_path):
+    """The refined Dice of that epoch belongs to the coarse weights that were thrown away."""
+    keeper, phase = KeepCheckpoints(tmp_path, "val/refined/dice"), e2e(small_cascade())
+    trainer = FakeTrainer(0.7)
+    trainer.saved, best = [], []
+    trainer.save_checkpoint = lambda path, weights_only=False: trainer.saved.append((trainer.current_epoch, path.name))
+    for epoch, (dice, measured) in enumerate([(0.9, False), (0.8, True), (0.85, False), (0.82, True)]):
+        trainer.current_epoch, phase.measured = epoch, measured
+        trainer.callback_metrics["val/refined/dice"] = torch.tensor(dice)
+        keeper.on_train_epoch_end(trainer, phase)
+        best.append(keeper.best_epoch)
+    assert best == [0, 1, 1, 3]
+    assert [epoch for epoch, name in trainer.saved if name == "best.ckpt"] == [0, 1, 3]
 
 
 def test_the_guard_keeps_its_weights_across_a_resume():

@@ -119,9 +119,11 @@ class E2EPhase(Phase):
         dice = float(self.trainer.callback_metrics["val/coarse/dice"])
         drop = self.baseline - dice
         self.log("val/coarse/vs_baseline", -drop, sync_dist=True)
+        self.measured = True
         self._remember(dice)
         if self.protection.guard is not None and self._best_coarse is not None and drop > self.protection.guard:
             self.cascade.coarse.load_state_dict(self._best_coarse[1])
+            self.measured = False
             for optimizer in self.trainer.optimizers:  # its moments would go on in the direction that did the harm
                 for parameter in self.cascade.coarse.parameters():
                     optimizer.state.pop(parameter, None)

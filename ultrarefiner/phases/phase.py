@@ -74,6 +74,8 @@ class Phase(pl.LightningModule):
         self.seed = 0
         self.settings: dict[str, Any] = {}
         """What defines the result; every checkpoint carries it."""
+        self.measured = True
+        """Whether the weights are the ones that the last validation measured."""
         self._rows: list[dict[str, float]] = []
         self._ids: list[str] = []
 

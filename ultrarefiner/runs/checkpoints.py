@@ -127,8 +127,9 @@ class KeepCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save; the best first, so that a `last.ckpt` never speaks of a best one that is not there."""
-        value = float(trainer.callback_metrics[self.monitor])
-        if value > self.best:
+        # What the guard put together after the validation was not measured: the best only while there is no other.
+        value = float(trainer.callback_metrics[self.monitor]) if pl_module.measured else float("-inf")
+        if value > self.best or self.best_epoch < 0:
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / BEST, weights_only=True)
         trainer.save_checkpoint(self.folder / LAST)
