@@ -13,9 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.lora import add_lora
+from ultrarefiner.models.sam import Sam
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
+from ultrarefiner.refine.roi import FullFrame
 
 # Keys of a phase that say where its data and its starting weights come from, and how its epochs are counted; the rest
 # are its class's arguments.
@@ -139,6 +142,9 @@ def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn
     sam.set_trainable(**cfg.model.train)
     if cfg.model.lora.rank:
         add_lora(sam, **plain(cfg.model.lora))
+    roi = build_option(cfg, "roi")
+    if cfg.model.cache_embeddings:
+        sam.embeddings = embedding_cache(cfg, sam, roi)
     refiner = build(
         {
             "_target_": "ultrarefiner.refine.refiner.Refiner",
@@ -147,10 +153,29 @@ def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn
         },
         "model",
         sam,
-        build_option(cfg, "roi"),
+        roi,
         build_option(cfg, "prompt_style"),
     )
     return refiner, build_option(cfg, "gate")
+
+
+def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> EmbeddingCache:
+    """Where image embeddings are kept, for `model.cache_embeddings`.
+
+    Raises:
+        UserError: no image would ever be met again, or its embedding changes.
+    """
+    obstacles = {
+        "a crop follows the coarse mask and is never met again; set roi=off": not isinstance(roi, FullFrame),
+        "an augmented image is never met again; set dataset.augment=null": cfg.dataset.augment is not None,
+        "the image encoder is trained; set model.train.image_encoder=false and model.lora.rank=0": any(
+            p.requires_grad for p in sam.image_encoder.parameters()
+        ),
+    }
+    for reason, applies in obstacles.items():
+        if applies:
+            raise UserError(f"model.cache_embeddings=true is of no use here: {reason}, or leave it out")
+    return EmbeddingCache(Path(cfg.output_root).expanduser() / "cache" / "embeddings", cfg.trainer.embeddings_gb)
 
 
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:

@@ -103,6 +103,9 @@ class ModelConfig:
     """Recompute the image encoder's activations in the backward pass: less memory, more time, the same result."""
     gradient: str = "exact"
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
+    cache_embeddings: bool = False
+    """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
+    roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
     selection_temperature: float = 0.1
     prompts: PromptDefaults = field(default_factory=PromptDefaults)
     schedule: Schedules = field(default_factory=Schedules)
@@ -280,6 +283,8 @@ class TrainerConfig:
     """Compile the coarse network and SAM's image encoder (`torch.compile`): minutes at the start, faster steps."""
     budget_minutes: float | None = None
     """Stop between epochs when the next would end later than this; the same command continues."""
+    embeddings_gb: float = 10.0
+    """The most that model.cache_embeddings may take on disk, of all runs that share output_root."""
     progress_bar: bool = True
 
 

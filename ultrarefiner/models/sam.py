@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
+from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.sam_decoder import attend_both_ways, draw, embed_masks
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, load_strictly, read_state_dict
@@ -27,6 +28,7 @@ class Sam(nn.Module):
     Attributes:
         family: its name, a key of `FAMILIES`.
         image_size: side of the image it takes, px. mask_size: side of mask prompts and of its output, px.
+        embeddings: where the embeddings of a frozen encoder are kept for the next time; None computes them always.
         multimask: whether `decode` gives the three masks (True) or the single-mask token's (False), K = 3 or 1.
     """
 
@@ -42,6 +44,7 @@ class Sam(nn.Module):
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
         self.multimask = FAMILIES[family].multimask
+        self.embeddings: EmbeddingCache | None = None
         self.image_size: int = prompt_encoder.input_image_size[0]
         self.mask_size: int = prompt_encoder.mask_input_size[0]
         self._trainable = {"image_encoder": False, "prompt_encoder": True, "mask_decoder": True}
@@ -84,6 +87,11 @@ class Sam(nn.Module):
             raise ValueError(
                 f"{self.family} takes images (B,1 or 3,{self.image_size},{self.image_size}), not {tuple(image.shape)}"
             )
+        if self.embeddings is None or image.requires_grad:
+            return self._encode(image)
+        return self.embeddings(image, self.image_encoder, self.family, self._encode)
+
+    def _encode(self, image: Tensor) -> Tensor:
         return self.image_encoder(self.normalise(image) if image.shape[1] == 1 else image)
 
     def decode(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.sam_attention import run_block
-from ultrarefiner.models.weights import file_sha256
+from ultrarefiner.models.weights import file_sha256, in_memory_state
 
 
 def lite_model() -> Any:
@@ -96,8 +96,7 @@ class LiteEncoder(nn.Module):
         return [block.attn for layer in self.layers[1:] for block in layer.blocks]
 
     def _fused_copy(self) -> "LiteEncoder":
-        tensors = [*self.parameters(), *self.buffers()]
-        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
+        state = in_memory_state(self)
         if self._copy is None or self._copy[0] != state:
             self._copy = None
             with torch.inference_mode(False), torch.no_grad():

@@ -155,6 +155,11 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
+def in_memory_state(module: torch.nn.Module) -> list[tuple[int, int, torch.dtype]]:
+    """A value that changes when a parameter or buffer is replaced or written to, without a look at the numbers."""
+    return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
+
+
 def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Put weights into a module; every name and shape must match, else `UserError` with the first few that do not.
 

@@ -41,6 +41,7 @@ class SamPhase(Phase):
         "model.train",
         "model.lora",
         "model.selection_temperature",
+        "model.cache_embeddings",
         "prompt_style",
         "roi",
         "gate",
