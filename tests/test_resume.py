@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose
 
+from conftest import compose
 from ultrarefiner.runs import checkpoints
 
 KILLS = 20

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from ultrarefiner.distributed import gather
@@ -104,8 +105,13 @@ class Phase(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say what it was trained with."""
+        """Let the checkpoint say what it was trained with; and where weights are averaged, hold the average."""
         checkpoint["ultrarefiner"] = self.settings
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            # Lightning asks no callback about a checkpoint of weights alone.
+            if isinstance(callback, WeightAveraging) and "averaging_state" not in checkpoint:
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+                del checkpoint["current_model_state"]
 
     def on_train_epoch_start(self) -> None:
         """Give each epoch its own random numbers: resumed at an epoch, training goes on as if never interrupted."""
