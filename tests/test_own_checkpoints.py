@@ -196,7 +196,7 @@ def test_nan_in_a_checkpoint_of_ours_is_one_sentence(finished_runs, command, tmp
 
 
 SENSELESS = {
-    "size and patch": (["model.coarse_size=60"], "60"),
+    "size and patch": (["model.coarse_size=60"], "image_size=60 is not a multiple of the patch size 8"),
     "more blocks than there are": (["model.lora.rank=2", "model.lora.blocks=9"], "lora blocks=9"),
     "a block that is not there": (["model.lora.rank=2", "model.lora.blocks=[1,4]"], "4 is none of the 4 blocks"),
     "blocks as text": (["model.lora.rank=2", "model.lora.blocks=last"], "lora blocks=last"),
