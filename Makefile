@@ -25,9 +25,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed against segment-anything as it is, in the same run
-	$(BIN)/python benchmarks/sam_encoder.py
-	$(BIN)/python benchmarks/failures.py
+bench: $(READY)  ## speed and memory against segment-anything as it is, into docs/performance.md
+	$(BIN)/python benchmarks/performance.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,8 +48,9 @@ def small(mask: np.ndarray) -> Mask:
     return cv2.resize(mask.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA) > 0.5
 
 
-def measure(masks: list[Mask], count: int) -> None:
-    """Prints speed, realised bins and kinds over `count` simulated masks with consecutive seeds."""
+def measure(masks: list[Mask], count: int) -> dict[str, float]:
+    """Prints speed, realised bins and kinds over `count` simulated masks with consecutive seeds; returns the speed."""
+    cv2.setNumThreads(1)
     simulator = FailureSimulator()
     simulator(masks[0], 0)
     seconds, found, kinds = [], [], Counter()
@@ -62,13 +63,15 @@ def measure(masks: list[Mask], count: int) -> None:
         kinds[failure.kind] += 1
     chunks = [sum(seconds[i : i + 100]) for i in range(0, count - 99, 100)]
     print(f"{count} masks of {len(masks)} lesions at {SIDE}×{SIDE}")
-    print(f"speed      {count / sum(seconds):.0f} masks/s a core (best chunk {100 / min(chunks):.0f})")
+    speed = {"masks_per_second": count / sum(seconds), "best": 100 / min(chunks)}
+    print(f"speed      {speed['masks_per_second']:.0f} masks/s a core (best chunk {speed['best']:.0f})")
     dice = np.array(found)
     for low, high, weight in BINS:
         share = np.mean((dice >= low) & ((dice < high) | (high == BINS[0][1])))
         print(f"Dice {low:.2f}–{high:.2f}  {100 * share:.2f} %  (wanted {100 * weight:.0f} %)")
     print(f"Dice from {dice.min():.3f} to {dice.max():.3f}")
     print("kinds      " + ", ".join(f"{kind} {100 * number / count:.1f} %" for kind, number in kinds.most_common()))
+    return speed
 
 
 def draw(path: Path, real: Path | None) -> None:
@@ -119,7 +122,6 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the contact sheet to this file instead")
     parser.add_argument("--real", type=Path, help=".npz of real predictions: prob and mask, both (N, H, W)")
     arguments = parser.parse_args()
-    cv2.setNumThreads(1)
     if arguments.picture:
         draw(arguments.picture, arguments.real)
     else:

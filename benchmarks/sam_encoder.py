@@ -10,13 +10,13 @@ publisher's ViT needs 10 GB for: it is then measured for ours alone, with and wi
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from measure import matrix_rate, timed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,35 +81,37 @@ def _kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of one run on the wall, and of the processor: the latter is less disturbed by other programs."""
-    start, processor = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - start, time.process_time() - processor
+def compare(family: str, names: list[str], exact: bool, repeats: int) -> dict[str, dict[str, float]]:
+    """Measure in turn, so that whatever else the machine does falls on all alike; print one line for each.
 
-
-def compare(family: str, names: list[str], exact: bool, repeats: int) -> None:
-    """Measure in turn, so that whatever else the machine does falls on all alike; print one line for each."""
+    Returns:
+        By name: "seconds" and "processor" (medians), "share" of the matrix product's rate (forward only), "difference"
+        to the first relative to its largest value, and "added_gb", the peak memory of a call.
+    """
     encoders = {name: BUILDERS[name](family) for name in names}
     image = example(encoders[names[0]])
-    left, right = torch.rand(4096, 768), torch.rand(768, 3072)
     with FlopCounterMode(display=False) as counter:  # the first call also warms up
         results = {names[0]: call(encoders[names[0]], image, exact)}
     results |= {name: call(encoders[name], image, exact) for name in names[1:]}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    product: list[float] = []
+    rates: list[float] = []
     for _ in range(repeats):
-        product.append(timed(lambda: [left @ right for _ in range(20)])[0] / 20)
+        rates.append(matrix_rate(1))
         for name, encoder in encoders.items():
-            seconds[name].append(timed(lambda encoder=encoder: call(encoder, image, exact)))  # type: ignore[misc]
-    rate = 2 * 4096 * 768 * 3072 / statistics.median(product)
+            seconds[name].append(timed(lambda encoder=encoder: call(encoder, image, exact))[:2])  # type: ignore[misc]
+    rate = statistics.median(rates)
+    figures: dict[str, dict[str, float]] = {}
     print(f"\n{family}, {'forward and backward to the image' if exact else 'forward'}, {repeats} repeats")
     print(f"  {torch.get_num_threads()} threads, whose matrix product reaches {rate / 1e9:.0f} GFLOP/s")
     for name in names:
         wall, processor = (statistics.median(times) for times in zip(*seconds[name], strict=True))
         first = [statistics.median(times) for times in zip(*seconds[names[0]], strict=True)]
         difference = (results[name] - results[names[0]]).abs().max() / results[names[0]].abs().max()
-        share = "" if exact else f"  {counter.get_total_flops() / wall / rate:.2f} of the matrix product's rate"
+        figures[name] = {"seconds": wall, "processor": processor, "difference": float(difference)}
+        share = ""
+        if not exact:
+            figures[name]["share"] = counter.get_total_flops() / wall / rate
+            share = f"  {figures[name]['share']:.2f} of the matrix product's rate"
         print(
             f"  {name:20} {wall:7.2f} s ({wall / first[0]:.3f})  processor {processor:7.2f} s "
             f"({processor / first[1]:.3f}){share}  difference {difference:.1e}",
@@ -118,7 +120,9 @@ def compare(family: str, names: list[str], exact: bool, repeats: int) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         for name in names:
             memory = processes.submit(peak_memory, name, family, exact).result()
+            figures[name]["added_gb"] = memory
             print(f"  {name:20} peak memory +{memory:.2f} GB", flush=True)
+    return figures
 
 
 def main() -> None:

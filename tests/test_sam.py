@@ -151,6 +151,12 @@ def test_several_prompt_sets_share_an_embedding():
     shared = sam.decode(embedding, **prompts)
     plain = sam.decode(embedding.repeat_interleave(3, dim=0), **prompts)
     torch.testing.assert_close(shared, plain)
+    for i in range(6):  # on a CPU they are decoded a few at a time
+        alone = sam.decode(
+            embedding[i // 3 : i // 3 + 1], **{name: value[i : i + 1] for name, value in prompts.items()}
+        )
+        for together, one in zip(shared, alone, strict=True):
+            torch.testing.assert_close(together[i : i + 1], one, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="multiple"):
         sam.decode(embedding, **prompts_for("b", 3, 64))
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder, PromptEncoder
 
 
+PROMPTS_AT_ONCE = 4  # on a CPU: larger tensors no longer stay in the cache, and each comes as fresh pages
+
+
 class Sam(nn.Module):
     """Image encoder, prompt encoder and mask decoder of one family.
 
@@ -120,10 +123,16 @@ class Sam(nn.Module):
         if (points is None) != (labels is None) or any(len(p) != prompts for p in given) or prompts % len(embedding):
             raise ValueError("points need labels, and all prompts one length, a multiple of the number of images")
         sparse = self._embed_sparse(points, labels, boxes).expand(prompts, -1, -1)
-        image = embedding.flatten(2).transpose(1, 2)
-        image = image.repeat_interleave(prompts // len(embedding), dim=0) + self._embed_dense(masks)
+        image, each = embedding.flatten(2).transpose(1, 2), prompts // len(embedding)
         grid = (embedding.shape[2], embedding.shape[3])
-        return self._predict(image, grid, sparse, self.multimask if multimask is None else multimask)
+        multimask = self.multimask if multimask is None else multimask
+        step = PROMPTS_AT_ONCE if embedding.device.type == "cpu" else prompts
+        drawn = []
+        for part in torch.arange(prompts, device=embedding.device).split(step):
+            dense = self._embed_dense(None if masks is None else masks[part])
+            drawn.append(self._predict(image[part // each] + dense, grid, sparse[part], multimask))
+        logits, iou = zip(*drawn, strict=True)
+        return torch.cat(logits), torch.cat(iou)
 
     def _embed_position(self, coordinates: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape D"]:
         """Random Fourier features of (x,y) in [0,1]. Never in half precision: the frequencies are high."""

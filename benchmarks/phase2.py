@@ -1,0 +1,106 @@
+"""Phase 2 with model=lite: samples a second where masks share a crop or embeddings are kept, and what loading costs.
+
+    python benchmarks/performance.py masks_per_image embeddings loader
+
+Whole training steps as configured, on phantoms of 512 px through the real data loader: load, simulate, encode, decode,
+loss, backward, clip, update.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from hydra.utils import get_class
+from measure import Repeat, configuration
+from torch import nn
+
+from ultrarefiner.build import build_data, build_phase
+from ultrarefiner.phases.phase import Phase
+
+
+class Training:
+    """The steps of a phase, without Lightning's loop around them.
+
+    Args:
+        overrides: of the configuration.
+        root: the output_root, where decoded images and embeddings are kept.
+    """
+
+    def __init__(self, overrides: list[str], root: str) -> None:
+        cfg = configuration(*overrides, f"output_root={root}")
+        kind: type[Phase] = get_class(cfg.phase._target_)
+        self.data = build_data(cfg, kind)
+        self.data.prepare_data()
+        self.phase = build_phase(cfg, kind, {}).train()
+        self.optimizer = self.phase.optimizer(self.phase.groups())
+        self.loader = self.data.train_dataloader()
+        self.epoch = 0
+        self.batches: Iterator[dict[str, Any]] = iter(())
+
+    def load(self) -> dict[str, Any]:
+        """The next batch, of the next epoch where one is at its end."""
+        batch = next(self.batches, None)
+        if batch is None:
+            self.loader.sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
+            self.batches = iter(self.loader)
+            self.epoch += 1
+            batch = next(self.batches)
+        return batch
+
+    def step(self) -> dict[str, float]:
+        """One step: how many samples (masks) it had, and the seconds that loading took."""
+        start = time.perf_counter()
+        batch = self.load()
+        loading = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        self.phase.terms(batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(self.phase.parameters(), 1.0)
+        self.optimizer.step()
+        samples = batch["prob"].shape[:2].numel() if "prob" in batch else len(batch["id"])
+        return {"samples": samples, "loading": loading}
+
+    def epoch_of_steps(self) -> dict[str, float]:
+        """As many steps as an epoch has."""
+        rows = [self.step() for _ in range(len(self.loader))]
+        return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def steps(overrides: list[str], root: str) -> Repeat:
+    """A factory for `measure.Apart`: each repeat is a step."""
+    return Training(overrides, root).step
+
+
+def epochs(overrides: list[str], root: str) -> Repeat:
+    """A factory for `measure.Apart`: each repeat is an epoch."""
+    return Training(overrides, root).epoch_of_steps
+
+
+def shared_crop(masks: int) -> list[str]:
+    """Phase 2 with ROI and several masks a crop."""
+    return ["model=lite", "phase=sam", "roi=on", "dataset.reader.cases=60", f"phase.masks_per_image={masks}"]
+
+
+def full_frame(cached: bool, cases: int) -> list[str]:
+    """Phase 2 on full frames, with and without embeddings that are kept."""
+    common = ["model=lite", "phase=sam", "roi=off", "dataset.augment=null", f"dataset.reader.cases={cases}"]
+    return [*common, f"model.cache_embeddings={str(cached).lower()}"]
+
+
+def experiment(images: int, epochs: int) -> Repeat:
+    """A factory: a whole run of Phase 2 with model=tiny, from phantoms to summary."""
+    from ultrarefiner.experiment import run
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as root:
+            run(
+                configuration(
+                    "phase=sam",
+                    f"output_root={root}",
+                    f"dataset.reader.cases={images}",
+                    f"phase.epochs={epochs}",
+                    "trainer.progress_bar=false",
+                )
+            )
+
+    return whole
