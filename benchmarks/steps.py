@@ -34,7 +34,7 @@ def batch_of(images: int, device: str = "cpu") -> dict[str, Tensor]:
     for index in range(images):
         image, mask = make_phantom(index, seed=0)[:2]
         for prefix, size in (("", 512), ("coarse_", 224)):
-            planes[f"{prefix}image"].append(torch.from_numpy(to_square(image, size)).float()[None] / 255)
+            planes[f"{prefix}image"].append(torch.from_numpy(to_square(image, size).copy()).float()[None] / 255)
             planes[f"{prefix}mask"].append(torch.from_numpy(mask_to_square(mask, size)).float()[None])
     return {name: torch.stack(values).to(device) for name, values in planes.items()}
 
