@@ -15,7 +15,7 @@ demo: $(READY)  ## all three phases on simulated images, and the result as a tab
 	$(BIN)/python -m ultrarefiner.train
 
 test: $(READY)  ## everything
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY)  ## without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"

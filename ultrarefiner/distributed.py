@@ -254,7 +254,7 @@ def _one_fate(store: dist.Store) -> Iterator[None]:
         if isinstance(error, UserError):
             reason = str(error)
         elif lost:
-            reason = "the connection to another process was lost: it was killed (for want of memory?), or its machine died"
+            reason = "the connection to another process was lost: it was killed (out of memory?), or its machine died"
         else:
             reason = f"process {rank()} failed with {type(error).__name__}: {' '.join(str(error).split())}"
             if rank() > 0:
@@ -304,8 +304,9 @@ def strategy(name: str, idle_parts: bool) -> str | Strategy:
         # Buffers are batch statistics, which `SharedStatistics` makes the same, and constants. To send them in every
         # forward pass would hang at the end of a validation in which one process has a batch more than another.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        send_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.15
-        return DDPStrategy(find_unused_parameters=idle_parts, **{send_buffers: False})
+        sent = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.15
+        options: dict[str, Any] = {"find_unused_parameters": idle_parts, sent: False}
+        return DDPStrategy(**options)
     return name
 
 
@@ -347,7 +348,7 @@ class SharedStatistics(LayerSync):
         """The counterpart of `apply`."""
         for module in model.modules():
             if type(module) is SharedBatchNorm:
-                module.__class__ = nn.BatchNorm2d
+                module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
         return model
 
 
@@ -359,7 +360,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // x.shape[1] * size()
         mean = _Sum.apply(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]

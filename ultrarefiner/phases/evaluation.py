@@ -18,12 +18,17 @@ Draw = Callable[[dict[str, Any]], dict[str, torch.Tensor]]
 def predict(phase: Phase, batch: dict[str, Any], draw: Draw | None = None) -> list[dict[str, Bool[np.ndarray, "H W"]]]:
     """The native masks of each case of a batch: "truth", and what the phase draws ("coarse", "refined")."""
     phase.eval()
-    on_device = {k: v.to(phase.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    on_device = {k: _like(phase, v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     masks = (draw or phase.masks)(on_device)
     return [
         {"truth": truth} | {which: metrics.native_mask(logits[i], truth.shape) for which, logits in masks.items()}
         for i, truth in enumerate(batch["native_mask"])
     ]
+
+
+def _like(phase: Phase, x: torch.Tensor) -> torch.Tensor:
+    """A tensor where the phase is, in its precision (trainer.precision=64-true)."""
+    return x.to(phase.device, phase.dtype if x.is_floating_point() else x.dtype)
 
 
 def evaluate(phase: Phase, loader: Iterable[dict[str, Any]], draw: Draw | None = None) -> list[dict[str, Any]]:

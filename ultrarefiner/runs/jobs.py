@@ -56,6 +56,8 @@ def _queued(job: Any) -> bool:
 
 
 def _last_words(log: Path) -> str:
+    """What the log says last of an error; SLURM's own word (*** STEP ... CANCELLED ***) before that of its helpers."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
-    last = next((line.strip() for line in reversed(lines) if "error:" in line), "")
+    errors = [line.strip() for line in lines if "error:" in line]
+    last = next((line for line in reversed(errors) if "***" in line), errors[-1] if errors else "")
     return f": {last.rpartition('error:')[2].strip(' *')} (log: {log})" if last else f" (log: {log})"
