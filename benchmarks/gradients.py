@@ -1,7 +1,7 @@
 """The `frozen` gradient mode against `exact`: how alike are the gradients, and what does each cost?
 
     python benchmarks/gradients.py --data-root ~/BUSBRA [--cases 24] [roi=off ...]
-    python benchmarks/gradients.py --data-root ~/BUSBRA model=base model.sam.family=medsam model.sam.checkpoint=medsam_vit_b.pth
+    python benchmarks/gradients.py --data-root ~/BUSBRA model=base model.sam.checkpoint=sam_vit_b_01ec64.pth
     python benchmarks/gradients.py --data-root ~/BUSBRA --cost --cases 1 model=base +model.sam.random_init=true
 
 For training patients of BUS-BRA with a simulated coarse mask each, the refined loss of Phase 3 (BCE + Dice) is

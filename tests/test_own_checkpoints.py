@@ -66,7 +66,7 @@ def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["epochs"] == 2 and set(summary["test"]) == {"coarse", "refined"}
     last = checkpoints.load(directory / "checkpoints" / checkpoints.LAST)
-    assert last["epoch"] == 1 and last["global_step"] == 2
+    assert last["epoch"] == 1 and last["global_step"] == 4  # a patient has two views
     moved = last["state_dict"]
     assert not torch.equal(moved["cascade.coarse.segmentation_head.0.weight"], coarse["segmentation_head.0.weight"])
     sam_model_registry["vit_b"](checkpoint=str(directory / "checkpoints" / "best_sam.pth"))
