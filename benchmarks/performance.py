@@ -79,9 +79,10 @@ def scaling(repeats: int) -> Figures:
     """Whole runs of growing numbers of images and of epochs, each in a process of its own."""
     found: dict[str, list] = {}
     for _ in range(repeats):
-        for images, epochs in ((60, 4), (120, 4), (240, 4), (60, 8), (60, 16)):
+        for images, epochs in ((32, 4), (64, 4), (128, 4), (32, 8), (32, 16)):
             process = Apart(phase2.experiment, images, epochs)
             found.setdefault(f"{images} images, {epochs} epochs", []).append(process())
+            print(f"  {images} images, {epochs} epochs", flush=True)
             process.close()
     return {name: summary(rows) for name, rows in found.items()}
 

@@ -6,6 +6,8 @@ Whole training steps as configured, on phantoms of 512 px through the real data 
 loss, backward, clip, update.
 """
 
+import contextlib
+import io
 import tempfile
 import time
 from collections.abc import Iterator
@@ -88,19 +90,18 @@ def full_frame(cached: bool, cases: int) -> list[str]:
 
 
 def experiment(images: int, epochs: int) -> Repeat:
-    """A factory: a whole run of Phase 2 with model=tiny, from phantoms to summary."""
+    """A factory: a whole run of Phase 2 with model=tiny, from phantoms to summary, on so many training images."""
     from ultrarefiner.experiment import run
 
+    options = [
+        f"dataset.reader.cases={3 * images}",
+        f"dataset.limit.train={images}",
+        f"phase.epochs={epochs}",
+        "trainer.progress_bar=false",
+    ]
+
     def whole() -> None:
-        with tempfile.TemporaryDirectory() as root:
-            run(
-                configuration(
-                    "phase=sam",
-                    f"output_root={root}",
-                    f"dataset.reader.cases={images}",
-                    f"phase.epochs={epochs}",
-                    "trainer.progress_bar=false",
-                )
-            )
+        with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+            run(configuration("phase=sam", f"output_root={root}", *options))
 
     return whole
