@@ -124,6 +124,8 @@ def _run(
         if cfg.trainer.compile:
             phase.cascade.compile_networks()
         trainer = _trainer(cfg, phase, loggers, directory, deadline)
+        # Before a checkpoint is read: Lightning converts after that, and trainer.precision=64-true would lose digits.
+        trainer.precision_plugin.convert_module(phase)
         phase.to(trainer.strategy.root_device)
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
         baseline = _baseline(phase, data, measured)

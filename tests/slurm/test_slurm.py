@@ -137,12 +137,14 @@ def test_a_job_at_its_time_limit_is_requeued_and_continues(slurm, tmp_path):
 
 
 def _continued(sweep: Sweep, job: str, epochs: int) -> None:
-    """A job began twice, in one directory, and trained each epoch once."""
+    """A job began twice, in one directory, and went on where it was."""
     said = sweep.log(job, "out")
     assert "Requeued job" in said + sweep.log(job, "err")
     assert said.count("Starting with JobEnvironment") >= 2
     trained = [int(n) for n in re.findall(r"epoch (\d+)/", said)]
-    assert sorted(trained) == list(range(1, epochs + 1)), "each epoch once"
+    assert sorted(set(trained)) == list(range(1, epochs + 1))
+    # An epoch's line is printed before its checkpoint is written: a signal between the two repeats this one.
+    assert len(trained) <= epochs + 1, "it continued"
     directories = set(re.findall(r"\n  (/\S*/fold\S*/)\n", said))
     assert len(directories) == 1 and (Path(directories.pop()) / "summary.json").is_file()
 
@@ -183,7 +185,7 @@ def test_preempted_killed_and_failing_jobs_beside_a_good_one(slurm, tmp_path):
 
 @pytest.mark.parametrize("nodes, tasks", [(1, 2), (2, 1)])
 def test_a_job_of_two_processes_has_one_result_and_is_requeued(slurm, tmp_path, nodes, tasks):
-    """On one node and on two; and a number of processes that nobody asked for is refused."""
+    """On one node and on two; and when one of them is killed, the other is not left waiting."""
     trouble = tmp_path / "trouble"
     trouble.mkdir()
     (trouble / "job0-process1").write_text("slow 12")
@@ -198,9 +200,6 @@ def test_a_job_of_two_processes_has_one_result_and_is_requeued(slurm, tmp_path, 
     assert len(list(sweep.root.rglob("summary.json"))) == 1
     if nodes == 2:
         return
-    (trouble / "job0-process1").unlink()
-    status, out, err = Sweep(slurm, tmp_path, "phase=coarse", "fold=1", TROUBLE, *spread).wait()
-    assert status == 1 and "SLURM started 2 processes on 1 nodes for trainer.devices=1" in err, out + err
     (trouble / "job0-process1").write_text("kill")
     status, out, err = Sweep(slurm, tmp_path, "phase=coarse", "fold=1", TROUBLE, *spread, *together).wait()
     assert status == 1 and err.count("error: ") == 1 and "kill" in err.lower(), out + err
