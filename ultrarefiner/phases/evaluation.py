@@ -28,7 +28,8 @@ def predict(phase: Phase, batch: dict[str, Any], draw: Draw | None = None) -> li
 
 def _like(phase: Phase, x: torch.Tensor) -> torch.Tensor:
     """A tensor where the phase is, in its precision (trainer.precision=64-true)."""
-    return x.to(phase.device, phase.dtype if x.is_floating_point() else x.dtype)
+    weight = next(phase.parameters())
+    return x.to(weight) if x.is_floating_point() else x.to(weight.device)
 
 
 def evaluate(phase: Phase, loader: Iterable[dict[str, Any]], draw: Draw | None = None) -> list[dict[str, Any]]:
