@@ -12,6 +12,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from segment_anything.modeling import Sam as ReferenceSam
 from torch import Tensor, nn
 
+from ultrarefiner.models import sam_attention
 from ultrarefiner.models.sam import Sam, load_sam
 from ultrarefiner.models.sam_families import build_vit_sam
 from ultrarefiner.models.sam_lite import lite_model, lite_weights
@@ -180,6 +181,30 @@ def test_encoder_gradients_equal_plain_path(pair, checkpointing):
     for name, expected in gradients[1].items():
         scale = expected.abs().max() + 1e-12
         assert (gradients[0][name] - expected).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize(("windows", "side"), [(20, 7), (1, 40)])
+def test_every_form_of_attention_is_the_plain_one(windows, side):
+    """Forward and all gradients in float64 (1e-10): many small windows at once, and a grid in several pieces."""
+    tokens, generator = side * side, torch.Generator().manual_seed(0)
+    shapes = [(windows, 3, tokens, 16)] * 3 + [(windows, 3, tokens, side)] * 2
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    weight = torch.randn(windows, 3, tokens, 16, generator=generator, dtype=torch.float64)
+
+    def plain(query, key, value, by_row, by_column):
+        bias = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(3)
+        return torch.softmax(query @ key.transpose(2, 3) / 4 + bias, dim=-1) @ value
+
+    found = []
+    for form in (plain, sam_attention._InPieces.apply, sam_attention._attend_appended):
+        moving = [x.clone().requires_grad_() for x in inputs]
+        out = form(*moving)
+        (out * weight).sum().backward()
+        found.append([out.detach(), *(x.grad for x in moving)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(sam_attention._attend_in_pieces(*inputs), found[0][0], atol=1e-10, rtol=1e-10)
 
 
 def test_gradients_against_finite_differences():

@@ -8,9 +8,10 @@ Two facts about SAM's ViT (Kirillov et al. 2023; relative positions of Li et al.
 - tokens that pad an incomplete window are zeros in front of the qkv layer, so behind it they are its bias: the layer
   runs on real tokens only.
 
-There are two ways through a block, equal in value. With gradients, or on a GPU, whole tensors go through fused kernels
-that know their gradient. Without gradients on a CPU ("frugal") the work is cut into pieces that stay in the cache:
-there, memory traffic and fresh pages cost as much as the arithmetic.
+There are two ways through a block, equal in value. On a GPU whole tensors go through fused kernels that know their
+gradient. On a CPU the work is cut into pieces that stay in the cache, since memory traffic and fresh pages cost as much
+there as the arithmetic: the attention always (also on the way back, where the fused kernel is slower than
+segment-anything's own code), and without gradients ("frugal") the other layers as well.
 """
 
 from itertools import product
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
     from segment_anything.modeling.image_encoder import Attention, Block
 
+SCORES = 1 << 20  # numbers of attention scores that exist at a time on the way back: 4 MB
 QUERY_ROWS = 16  # frugal: rows of queries whose bias exists at a time; 16 × 64 queries × 4096 keys = 17 MB a head
 PIECE = 512  # frugal: tokens that go through the layers behind the attention at a time
 
@@ -58,13 +60,14 @@ def attend(
     Args:
         attention: segment-anything's `Attention`, of which the relative tables and the number of heads are read.
         qkv: its qkv layer's output.
-        frugal: build the bias piece by piece; no gradient.
+        frugal: whether no gradient is wanted.
     """
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if not attention.use_rel_pos:
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     by_row, by_column = relative_parts(attention, query, height, width)
-    form = _attend_in_pieces if frugal else _attend_appended
+    pieces = _attend_in_pieces if frugal else _InPieces.apply
+    form = pieces if qkv.device.type == "cpu" else _attend_appended
     return form(query, key, value, by_row, by_column).transpose(1, 2).flatten(2)
 
 
@@ -86,6 +89,46 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor,
         piece = F.scaled_dot_product_attention(query[part], key[these], value[these], attn_mask=bias)
         out[these[0], part[2], these[1]] = piece.transpose(1, 2)
     return out.transpose(1, 2)
+
+
+class _InPieces(torch.autograd.Function):
+    """`_attend_in_pieces` with a gradient. Only its inputs and its output are kept; the scores are computed again.
+
+    With S the scores, P = softmax(S), O = P·V and G the gradient of O: dS = P∘(G·Vᵀ − ΣG∘O) (Dao et al. 2022).
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+        out = _attend_in_pieces(query, key, value, by_row, by_column)
+        ctx.save_for_backward(query, key, value, by_row, by_column, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, by_row, by_column, out = ctx.saved_tensors
+        batch, heads, tokens, depth = query.shape
+        images, group, step = max(1, SCORES // (heads * tokens**2)), heads, tokens
+        if heads * tokens**2 > SCORES:
+            group, step = 1, max(1, SCORES // tokens)
+        scale = depth**-0.5
+        inner = (grad * out).sum(-1, keepdim=True)
+        d_query, d_row, d_column = (torch.empty_like(x) for x in (query, by_row, by_column))
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        for image, head in product(range(0, batch, images), range(0, heads, group)):
+            these = (slice(image, image + images), slice(head, head + group))
+            keys, values = key[these], value[these]
+            for start in range(0, tokens, step):
+                part = (*these, slice(start, start + step))
+                queries, grads = query[part] * scale, grad[part]
+                bias = by_row[part].unsqueeze(-1) + by_column[part].unsqueeze(-2)
+                weights = torch.softmax((queries @ keys.transpose(2, 3)).add_(bias.flatten(3)), dim=-1)
+                d_value[these] += weights.transpose(2, 3) @ grads
+                d_scores = (grads @ values.transpose(2, 3)).sub_(inner[part]).mul_(weights)
+                d_query[part] = (d_scores @ keys).mul_(scale)
+                d_key[these] += d_scores.transpose(2, 3) @ queries
+                d_scores = d_scores.unflatten(3, (by_row.shape[-1], by_column.shape[-1]))
+                d_row[part], d_column[part] = d_scores.sum(-1), d_scores.sum(-2)
+        return d_query, d_key, d_value, d_row, d_column
 
 
 def _attend_appended(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
