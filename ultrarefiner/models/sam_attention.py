@@ -120,13 +120,14 @@ class _InPieces(torch.autograd.Function):
             for start in range(0, tokens, step):
                 part = (*these, slice(start, start + step))
                 queries, grads = query[part] * scale, grad[part]
-                bias = by_row[part].unsqueeze(-1) + by_column[part].unsqueeze(-2)
-                weights = torch.softmax((queries @ keys.transpose(2, 3)).add_(bias.flatten(3)), dim=-1)
-                d_value[these] += weights.transpose(2, 3) @ grads
+                scores = (queries @ keys.transpose(2, 3)).unflatten(3, (by_row.shape[-1], by_column.shape[-1]))
+                scores.add_(by_row[part].unsqueeze(-1)).add_(by_column[part].unsqueeze(-2))
+                weights = torch.softmax(scores.flatten(3), dim=-1)
+                d_value[these].add_(weights.transpose(2, 3) @ grads)
                 d_scores = (grads @ values.transpose(2, 3)).sub_(inner[part]).mul_(weights)
                 d_query[part] = (d_scores @ keys).mul_(scale)
-                d_key[these] += d_scores.transpose(2, 3) @ queries
-                d_scores = d_scores.unflatten(3, (by_row.shape[-1], by_column.shape[-1]))
+                d_key[these].add_(d_scores.transpose(2, 3) @ queries)
+                d_scores = d_scores.view_as(scores)
                 d_row[part], d_column[part] = d_scores.sum(-1), d_scores.sum(-2)
         return d_query, d_key, d_value, d_row, d_column
 
