@@ -187,6 +187,8 @@ def test_settings_that_protect_nothing_are_refused():
 
 
 class FakeTrainer:
+    callbacks = ()
+
     def __init__(self, dice: float, optimizers: tuple = ()) -> None:
         self.callback_metrics = {"val/coarse/dice": torch.tensor(dice)}
         self.optimizers = optimizers
@@ -244,7 +246,8 @@ def test_restored_weights_are_no_best_epoch(tmp_path):
     assert [epoch for epoch, name in trainer.saved if name == "best.ckpt"] == [0, 1, 3]
 
 
-def test_the_guard_keeps_its_weights_across_a_resume():
+def test_the_guard_keeps_its_weights_across_a_resume(monkeypatch):
+    monkeypatch.setattr(E2EPhase, "trainer", FakeTrainer(0.8), raising=False)
     phase, checkpoint = e2e(small_cascade(), guard=0.05), {}
     phase.start_from(0.8)
     phase.on_save_checkpoint(checkpoint)
