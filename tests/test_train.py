@@ -28,20 +28,16 @@ def test_help_lists_every_group_and_option_in_our_words(command):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["-sc", "query=bash"]])
-def test_looking_around_is_quick_and_imports_no_torch(arguments):
+def test_looking_around_imports_no_torch(arguments):
+    """Nor anything else that is slow; benchmarks/overhead.py takes the time."""
     code = (
         "import sys; from ultrarefiner import train\n"
         "try: train.main()\n"
-        "finally: sys.stderr.write('torch' if 'torch' in sys.modules else 'clean')"
+        "finally: sys.stderr.write(str({'torch', 'monai', 'wandb', 'cv2', 'scipy', 'pandas'} & set(sys.modules)))"
     )
     asked = os.environ | {"COMP_LINE": "ultrarefiner-train phase=", "COMP_POINT": "25"}
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=asked)
-        took.append(time.perf_counter() - began)
-    assert done.stderr.endswith("clean") and done.returncode == 0, done.stderr
-    assert min(took) < 1.5
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=asked)
+    assert done.stderr.endswith("set()") and done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("fold", ["fold=0", "fold=4"])
