@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--cases 96] [model=lite phase=sam logger=[csv,tensorboard] ...]
 
 Trains one epoch of the given experiment on phantoms with every callback and logger in its place, and adds up the wall
-time inside them. Then starts the embedded default anew and takes the time from the shell to its first step. Prints
-Markdown.
+time inside them. Then takes the time of `--help`, `--cfg job` and completion, and of the embedded default from the
+shell to its first step. Prints Markdown.
 """
 
 import argparse
@@ -100,8 +100,26 @@ def start() -> float:
     return statistics.median(times[1:])
 
 
+def looking_around() -> dict[str, float]:
+    """Seconds of what is asked for while composing a command, the median of five."""
+    took = {}
+    for arguments in ("--help", "--cfg job", "-sc query=bash"):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "ultrarefiner.train", *arguments.split()],
+                env=os.environ | {"COMP_LINE": "ultrarefiner-train phase=", "COMP_POINT": "25"},
+                capture_output=True,
+                check=True,
+            )
+            times.append(time.perf_counter() - began)
+        took[arguments] = statistics.median(times)
+    return took
+
+
 def main() -> None:
-    """Print both figures."""
+    """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=96, help="phantoms, of which five eighths are trained on")
     parser.add_argument("overrides", nargs="*", default=["model=lite", "phase=sam", "logger=[csv,tensorboard]"])
@@ -115,6 +133,8 @@ def main() -> None:
     for name, value in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"| {name} | {value:.3f} | {value / seconds:.2%} |")
     print(f"| logging and checkpoints together | {watching:.3f} | {watching / seconds:.2%} (goal: under 3 %) |\n")
+    for arguments, seconds in looking_around().items():
+        print(f"`{arguments}`: {seconds:.2f} s (goal: under 1.5 s)\n")
     print(f"From the shell to the first step of model=tiny: {start():.1f} s (goal: under 10 s)")
 
 
