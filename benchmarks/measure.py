@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,12 @@ class Apart:
 
     def __call__(self) -> dict[str, float]:
         """One repeat: "seconds", "processor", "peak_gb" (of the process's whole life), and what the repeat returns."""
-        return self._process.submit(_repeat).result()
+        try:
+            return self._process.submit(_repeat).result()
+        except BrokenProcessPool:
+            raise SystemExit(
+                "error: a measured process was killed, for want of memory? See that 12 GB are free."
+            ) from None
 
     def close(self) -> None:
         """End the process."""
@@ -106,20 +112,25 @@ def _repeat() -> dict[str, float]:
     return {"seconds": seconds, "processor": processor, "peak_gb": peak} | (noted or {})
 
 
-def in_turn(factories: Mapping[str, tuple], repeats: int, warm: int = 0) -> dict[str, Figures]:
+def in_turn(factories: Mapping[str, tuple], repeats: int, warm: int = 0, alone: bool = False) -> dict[str, Figures]:
     """Measure several things in turn, so that whatever else the machine does falls on all alike.
 
     Args:
         factories: name → (factory, arguments...), see `Apart`.
         repeats: of each; medians are kept of all that they note, and the largest "peak_gb".
         warm: repeats before them that do not count.
+        alone: a new process for each repeat, so that only one of them takes memory at a time.
     """
-    processes = {name: Apart(*made) for name, made in factories.items()}
+    processes: dict[str, Apart] = {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in factories}
     try:
         for number in range(warm + repeats):
-            for name, process in processes.items():
-                one = process()
+            for name, made in factories.items():
+                if name not in processes:
+                    processes[name] = Apart(*made)
+                one = processes[name]()
+                if alone:
+                    processes.pop(name).close()
                 if number >= warm:
                     found[name].append(one)
                 print(f"  {name}: {one['seconds']:.2f} s, processor {one['processor']:.2f} s", flush=True)

@@ -1,6 +1,6 @@
 """All measurements of speed and memory, and docs/performance.md from them.
 
-    python benchmarks/performance.py                 # everything: 20 minutes on two quiet cores, needs 20 GB
+    python benchmarks/performance.py                 # everything: 20 minutes on two quiet cores, needs 12 GB
     python benchmarks/performance.py step inference  # some sections; the page keeps the other ones' last figures
     python benchmarks/performance.py --repeats 1     # a quick look, not a result: writes into build/performance/
 
@@ -40,7 +40,8 @@ FAMILIES = ("vit_b", "litemedsam")
 
 def step(repeats: int) -> Figures:
     """A training step of Phase 3."""
-    return in_turn({"naive": (steps.naive_step,)} | {n: (steps.our_step, m) for n, m in steps.OURS.items()}, repeats)
+    ours = {name: (steps.our_step, mode) for name, mode in steps.OURS.items()}
+    return in_turn({"naive": (steps.naive_step,)} | ours, repeats, alone=True)
 
 
 def inference(repeats: int) -> Figures:
