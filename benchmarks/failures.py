@@ -3,7 +3,8 @@
     python benchmarks/failures.py                                   # on phantoms
     python benchmarks/failures.py --masks path/to/BUSBRA/Masks      # on masks of one's own
     python benchmarks/failures.py --picture docs/failures.png       # draw the contact sheet instead (phantoms only)
-    python benchmarks/failures.py --picture out.png --real oof.npz  # with real predictions (arrays prob, mask) on top
+    python benchmarks/failures.py --picture out.png --real RUN      # with real errors on top: the directory of a run of
+                                                                    # phase=sam phase.real_ratio=0.3 on phantoms
 
 Speed is CPU time of one thread; another busy process on the same core still slows it, so the best of the chunks of 100
 masks is printed too.
@@ -19,11 +20,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float
+from omegaconf import OmegaConf
 
+from ultrarefiner.build import build_data
 from ultrarefiner.data.failure_shapes import KINDS
 from ultrarefiner.data.failure_softness import dice_of
 from ultrarefiner.data.failures import BINS, FailureSimulator
 from ultrarefiner.data.phantom import make_phantom
+from ultrarefiner.data.predictions import Predictions
+from ultrarefiner.phases.sam import SamPhase
 
 SIDE = 224  # px
 TARGETS = (0.95, 0.85, 0.75, 0.63)
@@ -104,10 +109,15 @@ def draw(path: Path, real: Path | None) -> None:
     figure.savefig(path, dpi=90)
 
 
-def real_examples(path: Path) -> list[tuple[Float[np.ndarray, "H W"], Mask]]:
-    """The real predictions whose Dice comes nearest to each column's."""
-    with np.load(path) as arrays:
-        pairs = list(zip(arrays["prob"], arrays["mask"].astype(bool), strict=True))
+def real_examples(run: Path) -> list[tuple[Float[np.ndarray, "H W"], Mask]]:
+    """The out-of-fold predictions of a run whose Dice comes nearest to each column's."""
+    cfg = OmegaConf.load(run / "config.yaml")
+    predictions, cases = Predictions(run / "predictions"), build_data(cfg, SamPhase).dataset("train")
+    pairs = []
+    for case in cases.cases:
+        mask = cases.source.coarse.mask(cases.source.positions[case.key]).astype(np.float32)
+        prob = cv2.resize(predictions.load(case, len(mask)), (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+        pairs.append((prob, cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR) > 0.5))
     dice = np.array([dice_of(prob >= 0.5, mask) for prob, mask in pairs])
     chosen: list[int] = []
     for target in np.repeat(TARGETS, 2):
@@ -120,7 +130,7 @@ def main() -> None:
     parser.add_argument("--masks", type=Path, help="folder of PNG masks; phantoms without it")
     parser.add_argument("--count", type=int, default=5000, help="how many masks to simulate")
     parser.add_argument("--picture", type=Path, help="draw the contact sheet to this file instead")
-    parser.add_argument("--real", type=Path, help=".npz of real predictions: prob and mask, both (N, H, W)")
+    parser.add_argument("--real", type=Path, help="directory of a finished run with real predictions")
     arguments = parser.parse_args()
     if arguments.picture:
         draw(arguments.picture, arguments.real)
