@@ -48,7 +48,7 @@ def run(cfg: DictConfig, wait: bool = False, deadline: hygiene.Deadline | None =
         cfg: a composed configuration (`conf/train.yaml`).
         wait: for another run, which starts from this one: wait where another process is building the same result
             instead of refusing, and say nothing where it is finished.
-        deadline: of that other run; its own begins here.
+        deadline: of that other run; without it, `trainer.budget_minutes` count from here.
 
     Returns:
         The run directory.
@@ -76,10 +76,11 @@ def run(cfg: DictConfig, wait: bool = False, deadline: hygiene.Deadline | None =
         with provenance.lock(directory, wait):
             if not distributed.agreed(finished.is_file()):  # by the process that we waited for
                 earlier = earlier_runs(cfg, run_earlier)
-                for name, state in (given.states | {name: best_weights(run) for name, run in earlier.items()}).items():
+                states = given.states | {name: best_weights(where) for name, where in earlier.items()}
+                for name, state in states.items():
                     load_start(phase, name, state)
                 add_predictions(cfg, data, directory, run_earlier)
-                first_step = sum(last_step(run) for run in earlier.values())
+                first_step = sum(last_step(where) for where in earlier.values())
                 _run(cfg, phase, data, settings, directory, first_step, deadline)
                 distributed.agreed(None)  # the first process has written the summary
                 show.summary(directory, finished_before=False)
