@@ -25,7 +25,7 @@ from hydra.core.plugins import Plugins
 
 from ultrarefiner import cli, config, experiment
 
-WATCHERS = ("MetricsTable", "KeepCheckpoints", "Estimate", "Patience", "Budget", "ProgressBar")
+WATCHERS = ("MetricsTable", "KeepCheckpoints", "Estimate", "Patience", "Interruption", "ProgressBar")
 START = """
 import sys, time
 import pytorch_lightning as pl

@@ -337,6 +337,20 @@ def test_order_differs_between_epochs_and_seeds():
     assert sorted(order(3, 3)) == list(range(50))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_interrupted_epoch_goes_on_where_it_was(world_size):
+    for rank in range(world_size):
+        whole = EpochSampler(11, 3, rank=rank, world_size=world_size, epoch=2)
+        rest = EpochSampler(11, 3, rank=rank, world_size=world_size, epoch=2, done=3)
+        expected = list(whole)
+        for _ in range(2):  # Lightning begins it more than once
+            assert list(rest) == expected[3:]
+        assert len(rest) == len(expected)
+        for sampler in (whole, rest):
+            sampler.set_epoch(3)
+        assert list(rest) == list(whole) and len(list(rest)) == len(rest)
+
+
 def test_last_batch(tmp_path):
     reader = BusBra(write_busbra(tmp_path / "data"))
     count = len(module(tmp_path, reader).split.train)
@@ -377,6 +391,7 @@ def fit(tmp_path, reader, epochs, resume=None, workers=0):
         default_root_dir=tmp_path,
     )
     recorder = Recorder()
+    recorder.begins_at = (2, 0) if resume else (0, 0)
     data = module(tmp_path, reader, augment=Augment(), num_workers=workers)
     trainer.fit(recorder, data, ckpt_path=resume, weights_only=False if resume else None)
     return trainer, recorder

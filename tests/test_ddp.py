@@ -209,7 +209,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status, then", [(signal.SIGTERM, 143, "ddp"), (signal.SIGKILL, -9, "default")])
 def test_ended_from_outside_the_others_end_and_the_same_command_continues(two, tmp_path, number, status, then):
-    """To the same end: bit by bit, or but for rounding with another number of processes."""
+    """Inside an epoch if it was asked; to the same end: bit by bit, or but for rounding with another number of them."""
     arguments = ["phase=coarse", TROUBLE]
     (tmp_path / "job0-process0").write_text("slow 20")
     root = tmp_path / "out"
@@ -225,6 +225,8 @@ def test_ended_from_outside_the_others_end_and_the_same_command_continues(two, t
     while helpers(root) and time.monotonic() < until:
         time.sleep(0.2)
     assert not helpers(root)
+    last = checkpoints.load(next(root.rglob(checkpoints.LAST)))
+    assert ("inside_epoch" in last) == (number == signal.SIGTERM)
     (tmp_path / "job0-process0").unlink()
     status, out, err = train(root, *arguments, f"trainer={then}", trouble=tmp_path)
     assert status == 0 and "epoch 1/8" not in out and "epoch 8/8" in out, out + err
@@ -232,6 +234,9 @@ def test_ended_from_outside_the_others_end_and_the_same_command_continues(two, t
     exact = {"rtol": 0, "atol": 0} if then == "ddp" else {"rtol": 1e-5, "atol": 1e-8}
     for name, value in weights(straight).items():
         torch.testing.assert_close(weights(resumed)[name], value, **exact, msg=name)
+    for row, expected in zip(rows(resumed / "metrics.csv"), rows(straight / "metrics.csv"), strict=True):
+        for name, value in expected.items():
+            assert float(row[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-8), name
     assert len(list(root.rglob("summary.json"))) == 1
 
 

@@ -105,6 +105,7 @@ def test_an_averaged_network_is_what_is_judged_and_kept(tmp_path, monkeypatch):
         ("phase.patience=0", "phase.patience=0"),
         ("phase.ema_decay=1.0", "phase.ema_decay=1.0"),
         ("trainer.budget_minutes=-1", "trainer.budget_minutes=-1"),
+        ("trainer.save_minutes=-1", "trainer.save_minutes=-1"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tmp_path, override, sentence):
@@ -117,21 +118,41 @@ def test_a_guard_and_an_average_exclude_each_other(tmp_path):
         run(compose("protection.guard=0.1", "phase.ema_decay=0.9", f"output_root={tmp_path}"))
 
 
-def test_a_time_budget_ends_between_epochs_and_the_same_command_goes_on(tmp_path, command):
+def test_patience_counts_from_the_best_epoch_also_when_that_is_the_newest(tmp_path, monkeypatch):
+    dice = iter([0.3, 0.2, 0.4, 0.1, 0.2, 0.9])
+    measure = Phase.on_validation_epoch_end
+
+    def measured(self):
+        measure(self)
+        self.log("val/coarse/dice", next(dice))
+
+    monkeypatch.setattr(Phase, "on_validation_epoch_end", measured)
+    run(compose(*COARSE, "phase.epochs=6", "phase.patience=2", f"output_root={tmp_path}"))
+    _, summary = result(tmp_path)
+    assert (summary["best_epoch"], summary["epochs"]) == (2, 5)
+
+
+def test_a_time_budget_ends_between_steps_with_them_saved_and_the_same_command_goes_on(tmp_path, command):
     from conftest import MICRO
 
-    arguments = [*MICRO, *COARSE, "phase.epochs=3", f"output_root={tmp_path}"]
-    done = command(*arguments, "trainer.budget_minutes=0.0001")
-    assert done.status == Paused.STATUS
-    assert "trainer.budget_minutes=0.0001 are up after epoch 1 of 3" in done.out
-    assert not done.err
-    assert command(*arguments).status == 0  # the budget is no part of the result: the same directory
+    arguments = [*MICRO, *COARSE, "phase.epochs=2", "phase.batch_size=4", f"output_root={tmp_path}"]
+    where = []
+    for _ in range(6):
+        done = command(*arguments, "trainer.budget_minutes=0.00001")
+        if done.status == 0:
+            break
+        assert done.status == Paused.STATUS and not done.err
+        assert "trainer.budget_minutes=1e-05 are up" in done.out
+        where.append(done.out.partition("are up ")[2].partition(";")[0])
+        last = checkpoints.load(next(tmp_path.glob("phantom/tiny/*/*/checkpoints/last.ckpt")))
+        assert last["global_step"] == len(where), "each start does one step, and it is saved"
+    assert where == ["in epoch 1 of 2, after step 1 of 2", "after epoch 1 of 2", "in epoch 2 of 2, after step 1 of 2"]
     _, summary = result(tmp_path)
-    assert summary["epochs"] == 3
+    assert summary["epochs"] == 2
 
 
 def test_a_budget_is_one_for_all_phases(tmp_path):
-    cfg = compose("dataset.reader.cases=12", "trainer.budget_minutes=0.0001", f"output_root={tmp_path}")
+    cfg = compose("dataset.reader.cases=12", "trainer.budget_minutes=0.00001", f"output_root={tmp_path}")
     with pytest.raises(Paused, match="epoch 1 of 2"):  # Phase 1's
         run(cfg)
 

@@ -240,6 +240,7 @@ def test_restored_weights_are_no_best_epoch(tmp_path):
     for epoch, (dice, measured) in enumerate([(0.9, False), (0.8, True), (0.85, False), (0.82, True)]):
         trainer.current_epoch, phase.measured = epoch, measured
         trainer.callback_metrics["val/refined/dice"] = torch.tensor(dice)
+        keeper.on_validation_end(trainer, phase)
         keeper.on_train_epoch_end(trainer, phase)
         best.append(keeper.best_epoch)
     assert best == [0, 1, 1, 3]
@@ -248,7 +249,7 @@ def test_restored_weights_are_no_best_epoch(tmp_path):
 
 def test_the_guard_keeps_its_weights_across_a_resume(monkeypatch):
     monkeypatch.setattr(E2EPhase, "trainer", FakeTrainer(0.8), raising=False)
-    phase, checkpoint = e2e(small_cascade(), guard=0.05), {}
+    phase, checkpoint = e2e(small_cascade(), guard=0.05), {"epoch": 0}
     phase.start_from(0.8)
     phase.on_save_checkpoint(checkpoint)
     again = e2e(small_cascade(seed=5), guard=0.05)

@@ -282,7 +282,9 @@ class TrainerConfig:
     compile: bool = False
     """Compile the coarse network and SAM's image encoder (`torch.compile`): minutes at the start, faster steps."""
     budget_minutes: float | None = None
-    """Stop between epochs when the next would end later than this; the same command continues."""
+    """Save and stop after so much time; the same command continues."""
+    save_minutes: float = 15.0
+    """Save inside an epoch when nothing was saved for so long; the end of an epoch is always saved."""
     embeddings_gb: float = 10.0
     """The most that model.cache_embeddings may take on disk, of all runs that share output_root."""
     progress_bar: bool = True

@@ -11,7 +11,6 @@ import inspect
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.layer_sync import LayerSync
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
@@ -65,6 +62,15 @@ def agreed(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def one_says(*flags: bool) -> list[bool]:
+    """For each flag whether it is set in any process, in all of them; they wait for each other here."""
+    if not _together():
+        return list(flags)
+    box = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in box]
 
 
 def gather(rows: list[T]) -> list[T]:
@@ -316,22 +322,6 @@ def plugins() -> list[Any]:
     Without the first Lightning finds SLURM by itself and requeues jobs, which submitit does already.
     """
     return [LightningEnvironment(), *([SharedStatistics()] if size() > 1 else [])]
-
-
-class KeepSignals(Callback):
-    """Leaves SIGTERM to whoever had it before the training began.
-
-    Lightning's own handler tells the other processes by a collective, which meets theirs at another place: they wait
-    for ever. The others end with the first one; on SLURM submitit decides what the signal means.
-    """
-
-    def __init__(self) -> None:
-        self.before = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take it back from Lightning."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
 
 
 class SharedStatistics(LayerSync):

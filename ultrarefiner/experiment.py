@@ -35,13 +35,13 @@ from ultrarefiner.phases import metrics
 from ultrarefiner.phases.e2e import E2EPhase
 from ultrarefiner.phases.evaluation import evaluate, predict
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs import checkpoints, hygiene, pictures, provenance, tracking
+from ultrarefiner.runs import checkpoints, hygiene, interruption, pictures, provenance, tracking
 from ultrarefiner.upstream import defined_by, earlier_runs, given_checkpoints, settled
 
 Rows = list[dict[str, Any]]
 
 
-def run(cfg: DictConfig, wait: bool = False, deadline: hygiene.Deadline | None = None) -> Path:
+def run(cfg: DictConfig, wait: bool = False, deadline: interruption.Deadline | None = None) -> Path:
     """Run one phase, or show its result where it is finished, or continue where it was interrupted.
 
     Args:
@@ -58,7 +58,7 @@ def run(cfg: DictConfig, wait: bool = False, deadline: hygiene.Deadline | None =
         Paused: `trainer.budget_minutes` are up.
     """
     _quiet()
-    deadline = deadline or hygiene.Deadline(cfg.trainer.budget_minutes)
+    deadline = deadline or interruption.Deadline(cfg.trainer.budget_minutes)
     run_earlier = functools.partial(run, deadline=deadline)
     if cfg.upstream not in ("build", "require"):
         raise UserError(f"upstream={cfg.upstream} is not one of build, require")
@@ -108,7 +108,7 @@ def _run(
     settings: dict[str, Any],
     directory: Path,
     first_step: int,
-    deadline: hygiene.Deadline,
+    deadline: interruption.Deadline,
 ) -> None:
     title = f"{cfg.phase.name} · {cfg.dataset.name} · {cfg.model.name} · fold {cfg.fold} · seed {cfg.seed}"
     if cfg.dataset.without is not None:
@@ -178,7 +178,7 @@ def _fit(trainer: pl.Trainer, phase: Phase, data: DataModule, folder: Path) -> N
 
 
 def _trainer(
-    cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Path, deadline: hygiene.Deadline
+    cfg: DictConfig, phase: Phase, loggers: list[Logger], directory: Path, deadline: interruption.Deadline
 ) -> pl.Trainer:
     t = cfg.trainer
     keeper = checkpoints.KeepCheckpoints(directory / "checkpoints", phase.monitor)
@@ -200,13 +200,12 @@ def _trainer(
         deterministic="warn" if t.deterministic else False,
         logger=loggers,
         callbacks=[
-            distributed.KeepSignals(),
             *average,
             *tracking.callbacks(directory / "metrics.csv", cfg.phase.name, t.progress_bar),
             hygiene.Estimate(),
             keeper,
             hygiene.Patience(cfg.phase.patience, keeper),
-            hygiene.Budget(deadline),
+            interruption.Interruption(directory / "checkpoints" / checkpoints.LAST, deadline, t.save_minutes),
         ],
         plugins=[checkpoints.SafeCheckpointIO(), *distributed.plugins()],
         enable_progress_bar=tracking.watched(t.progress_bar),
@@ -324,6 +323,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")  # see data.dataset.EpochSampler
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # SAM's frozen parts
     warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

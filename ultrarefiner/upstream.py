@@ -118,6 +118,8 @@ def _check_epochs(cfg: DictConfig) -> None:
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
     if cfg.trainer.budget_minutes is not None and cfg.trainer.budget_minutes <= 0:
         raise UserError(f"trainer.budget_minutes={cfg.trainer.budget_minutes} leaves no time; give more, or null")
+    if cfg.trainer.save_minutes < 0:
+        raise UserError(f"trainer.save_minutes={cfg.trainer.save_minutes} is no time; give 0 (each step) or more")
 
 
 def _check_predictions(node: DictConfig) -> None:

@@ -18,6 +18,7 @@ import pytest
 from trouble import FOLDER, TROUBLE
 
 from conftest import MICRO
+from ultrarefiner.runs import checkpoints
 
 pytestmark = [
     pytest.mark.slow,
@@ -124,29 +125,31 @@ def test_five_folds_of_two_protections_are_one_array_with_one_summary(slurm, tmp
 
 
 def test_a_job_at_its_time_limit_is_requeued_and_continues(slurm, tmp_path):
-    """Beside one that needs no more time than it has."""
+    """In the middle of an epoch that takes longer than the limit; beside a job that needs no more time than it has."""
     (tmp_path / "trouble").mkdir()
-    (tmp_path / "trouble" / "job1-process0").write_text("slow 24")
-    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=1", "model.schedule.coarse.epochs=12"]
-    sweep = Sweep(slurm, tmp_path, "phase=coarse", "fold=0,1", TROUBLE, *limit)
+    (tmp_path / "trouble" / "job1-process0").write_text("slow 0")
+    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=1", "model.schedule.coarse.epochs=1"]
+    long = ["dataset.reader.cases=150", "dataset.limit.train=80", "model.schedule.coarse.batch_size=4"]
+    sweep = Sweep(slurm, tmp_path, "phase=coarse", "fold=0,1", TROUBLE, *limit, *long)
     status, out, err = sweep.wait()
     assert status == 0 and "2 jobs, 2 finished, 0 failed" in out, out + err
-    _continued(sweep, next(_id(log) for log in sweep.logs("out") if _id(log).endswith("_1")), epochs=12)
+    directory = _continued(sweep, next(_id(log) for log in sweep.logs("out") if _id(log).endswith("_1")), epochs=1)
+    before = checkpoints.load(directory / "checkpoints" / checkpoints.PREVIOUS)
+    assert before["inside_epoch"]["steps_done"] > 5, "as far as it came"
     assert [row["fold"] for row in sweep.table()] == ["0", "1"]
     assert {row["runs"] for row in sweep.table("settings.csv")} == {"2"}
 
 
-def _continued(sweep: Sweep, job: str, epochs: int) -> None:
-    """A job began twice, in one directory, and went on where it was."""
+def _continued(sweep: Sweep, job: str, epochs: int) -> Path:
+    """A job began twice, in one directory (returned), and went on where it was."""
     said = sweep.log(job, "out")
     assert "Requeued job" in said + sweep.log(job, "err")
     assert said.count("Starting with JobEnvironment") >= 2
     trained = [int(n) for n in re.findall(r"epoch (\d+)/", said)]
-    assert sorted(set(trained)) == list(range(1, epochs + 1))
-    # An epoch's line is printed before its checkpoint is written: a signal between the two repeats this one.
-    assert len(trained) <= epochs + 1, "it continued"
-    directories = set(re.findall(r"\n  (/\S*/fold\S*/)\n", said))
-    assert len(directories) == 1 and (Path(directories.pop()) / "summary.json").is_file()
+    assert trained == list(range(1, epochs + 1)), "it continued"
+    (directory,) = {Path(found) for found in re.findall(r"\n  (/\S*/fold\S*/)\n", said)}
+    assert (directory / "summary.json").is_file()
+    return directory
 
 
 def test_preempted_killed_and_failing_jobs_beside_a_good_one(slurm, tmp_path):

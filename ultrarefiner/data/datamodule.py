@@ -184,8 +184,10 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"{self.reader.name}: {len(data)} cases are too few for {processes} processes")
         if shuffle:
             batch_size //= processes  # so that their batches together are the batch of one
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        sampler = EpochSampler(len(data), self.seed, shuffle, distributed.rank(), processes, epoch)
+        phase: Any = self.trainer.lightning_module if self.trainer and shuffle else None
+        epoch, batches = phase.begins_at if phase else (0, 0)
+        place = (distributed.rank(), processes)
+        sampler = EpochSampler(len(data), self.seed, shuffle, *place, epoch, batches * batch_size)
         return DataLoader(
             data,
             batch_size=batch_size,

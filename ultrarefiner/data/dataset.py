@@ -125,11 +125,20 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: of the permutations.
         shuffle: False keeps the order, and epoch 0.
         rank, world_size: this process among all.
-        epoch: the first one. Lightning starts the workers of a resumed run before it calls `set_epoch`.
+        epoch: the first one. Lightning starts the workers before it calls `set_epoch`.
+        done: how many samples of that epoch this process had before it was interrupted; they do not come again, and
+            `len` counts them all the same.
     """
 
     def __init__(
-        self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1, epoch: int = 0
+        self,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        done: int = 0,
     ) -> None:
         self.length = length
         self.seed = seed
@@ -137,6 +146,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = epoch if shuffle else 0
+        self._done = (self.epoch, done)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation for the next iteration."""
@@ -152,7 +162,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch, self.length]).permutation(order)
-        for index in order[self.rank :: self.world_size][: len(self)]:
+        begun, done = self._done
+        for index in order[self.rank :: self.world_size][: len(self)][done if self.epoch == begun else 0 :]:
             yield self.epoch, int(index)
 
 

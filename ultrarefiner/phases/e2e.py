@@ -74,7 +74,6 @@ class E2EPhase(Phase):
 
     def on_train_epoch_start(self) -> None:
         """Freeze what is frozen in this epoch: without a gradient the optimiser leaves a parameter alone."""
-        super().on_train_epoch_start()
         assert self.cascade.coarse is not None and self.cascade.refiner is not None
         coarse_moves = self.current_epoch >= self.protection.freeze_epochs
         sam_moves = self.current_epoch >= self.protection.sam_freeze_epochs
@@ -168,5 +167,6 @@ class E2EPhase(Phase):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The counterpart of `on_save_checkpoint`."""
+        super().on_load_checkpoint(checkpoint)
         if (best := checkpoint.get("best_coarse")) is not None:
             self._best_coarse = (best["dice"], best["state_dict"])

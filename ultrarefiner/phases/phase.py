@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
@@ -77,6 +78,11 @@ class Phase(pl.LightningModule):
         """What defines the result; every checkpoint carries it."""
         self.measured = True
         """Whether the weights are the ones that the last validation measured."""
+        self.steps_done = 0
+        """How many batches of the epoch are done; 0 between epochs."""
+        self.begins_at = (0, 0)
+        """The epoch and the batch with which training begins: other ones where it is resumed."""
+        self._sums: dict[str, float] = {}
         self._rows: list[dict[str, float]] = []
         self._ids: list[str] = []
 
@@ -105,17 +111,34 @@ class Phase(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint say what it was trained with; and where weights are averaged, hold the average."""
+        """Let the checkpoint say what it was trained with, and how far in its epoch; hold the average of weights."""
         checkpoint["ultrarefiner"] = self.settings
+        if self.steps_done:
+            rows = gather([self._sums])
+            sums = {name: sum(row[name] for row in rows) / len(rows) for name in self._sums}
+            checkpoint["inside_epoch"] = {"steps_done": self.steps_done, "sums": sums}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             # Lightning asks no callback about a checkpoint of weights alone.
             if isinstance(callback, WeightAveraging) and "averaging_state" not in checkpoint:
                 callback.on_save_checkpoint(self.trainer, self, checkpoint)
                 del checkpoint["current_model_state"]
 
-    def on_train_epoch_start(self) -> None:
-        """Give each epoch its own random numbers: resumed at an epoch, training goes on as if never interrupted."""
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The counterpart of `on_save_checkpoint`."""
+        self.begins_at = (checkpoint["epoch"] + 1, 0)
+        if inside := checkpoint.get("inside_epoch"):
+            self.steps_done, self._sums = inside["steps_done"], dict(inside["sums"])
+            self.begins_at = (checkpoint["epoch"], self.steps_done)
+
+    def on_train_start(self) -> None:
+        """Begin the epoch also where it was begun before: Lightning does not call the hook again."""
+        if self.steps_done:
+            self.on_train_epoch_start()
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Give each step its own random numbers: resumed at any, training goes on as if never interrupted."""
+        stream = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
+        torch.manual_seed(int(stream.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: the loss and its terms, logged as means over the epoch.
@@ -128,16 +151,22 @@ class Phase(pl.LightningModule):
         if not abs(float(terms["loss"].detach())) < EXPLODED:
             listed = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
             raise self._diverged(f"the loss is {listed}")
-        for name, value in terms.items():
-            self.log(
-                f"train/{name}",
-                value.detach(),
-                on_step=False,
-                on_epoch=True,
-                batch_size=len(batch["id"]),
-                sync_dist=True,
-            )
+        self._count(terms, len(batch["id"]), batch_idx)
         return terms["loss"]
+
+    def _count(self, terms: dict[str, Tensor], samples: int, batch_idx: int) -> None:
+        """Add to the epoch's means. Lightning's own would begin anew when training is resumed inside an epoch."""
+        self.steps_done = batch_idx + 1
+        for name, value in [*terms.items(), ("samples", torch.ones(()))]:
+            self._sums[name] = self._sums.get(name, 0.0) + samples * float(value.detach())
+        if self.steps_done == self.trainer.num_training_batches:
+            for name in terms:
+                mean = self._sums[name] / self._sums["samples"]
+                self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Between epochs there is nothing to go on from."""
+        self.steps_done, self._sums = 0, {}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite spoils the weights.

@@ -125,11 +125,14 @@ class KeepCheckpoints(Checkpoint):
         """The counterpart of `state_dict`."""
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save; the best first, so that a `last.ckpt` never speaks of a best one that is not there."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the best; before the last, so that a `last.ckpt` never speaks of a best one that is not there."""
         # What the guard put together after the validation was not measured: the best only while there is no other.
         value = float(trainer.callback_metrics[self.monitor]) if pl_module.measured else float("-inf")
         if value > self.best or self.best_epoch < 0:
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the last."""
         trainer.save_checkpoint(self.folder / LAST)

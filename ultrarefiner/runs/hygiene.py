@@ -1,4 +1,4 @@
-"""What keeps a long training from wasting its user's time: an estimate, a time budget, an early end."""
+"""What keeps a long training from wasting its user's time: an estimate, an early end."""
 
 import resource
 import sys
@@ -9,8 +9,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ultrarefiner import distributed
-from ultrarefiner.errors import Paused
 from ultrarefiner.runs.checkpoints import KeepCheckpoints
 
 TRIAL_STEPS = 10
@@ -18,50 +16,6 @@ TRIAL_SECONDS = 20.0
 """The estimate is made after so many steps, or so much time if that is earlier; the first step is not counted."""
 LONG_SECONDS = 120.0
 """A training that takes less needs no estimate."""
-
-
-class Deadline:
-    """When a command's time is up.
-
-    Args:
-        minutes: from now; None never ends.
-    """
-
-    def __init__(self, minutes: float | None) -> None:
-        self.minutes = minutes
-        self._end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-
-    def allows(self, seconds: float) -> bool:
-        """Whether so much time is left. All processes that train together hear the first one's answer."""
-        return self.minutes is None or distributed.agreed(time.monotonic() + seconds <= self._end)
-
-
-class Budget(Callback):
-    """Stops between two epochs when the next one would not end in time, with all that was done saved.
-
-    Must come after the callback that saves.
-    """
-
-    def __init__(self, deadline: Deadline) -> None:
-        self.deadline = deadline
-        self._began = time.monotonic()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the epoch's clock."""
-        self._began = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop if another epoch like this one takes too long.
-
-        Raises:
-            Paused: it does, and there is another one.
-        """
-        done, wanted = trainer.current_epoch + 1, trainer.max_epochs or 0
-        if done < wanted and not trainer.should_stop and not self.deadline.allows(time.monotonic() - self._began):
-            raise Paused(
-                f"trainer.budget_minutes={self.deadline.minutes:g} are up after epoch {done} of {wanted}; "
-                "the same command continues there"
-            )
 
 
 class Patience(Callback):
