@@ -17,7 +17,7 @@ from ultrarefiner.errors import Paused
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Ctrl-C, kill, and what submitit lets SLURM send before a time limit."""
 WORTH_SAVING = 1.0
-"""Minutes of training that are saved before an epoch's last step: in the validation that follows nothing can be saved."""
+"""Minutes of training that are saved before an epoch's last step: in the validation after it nothing can be saved."""
 
 
 class Deadline:
