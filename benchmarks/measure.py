@@ -1,6 +1,5 @@
 """What the benchmarks share: clocks, peak memory, the machine, and processes that are measured in turn."""
 
-import ctypes
 import os
 import platform
 import resource
@@ -107,8 +106,6 @@ def _make(factory: Callable[..., Repeat], arguments: tuple) -> None:
 def _repeat() -> dict[str, float]:
     seconds, processor, noted = timed(_made)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if platform.libc_ver()[0] == "glibc":  # give back what this process does not need while others are measured
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return {"seconds": seconds, "processor": processor, "peak_gb": peak} | (noted or {})
 
 
@@ -119,7 +116,8 @@ def in_turn(factories: Mapping[str, tuple], repeats: int, warm: int = 0, alone: 
         factories: name → (factory, arguments...), see `Apart`.
         repeats: of each; medians are kept of all that they note, and the largest "peak_gb".
         warm: repeats before them that do not count.
-        alone: a new process for each repeat, so that only one of them takes memory at a time.
+        alone: a new process for each repeat, with a warm one before it, so that only one of them takes memory at a
+            time.
     """
     processes: dict[str, Apart] = {}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in factories}
@@ -128,6 +126,8 @@ def in_turn(factories: Mapping[str, tuple], repeats: int, warm: int = 0, alone: 
             for name, made in factories.items():
                 if name not in processes:
                     processes[name] = Apart(*made)
+                    if alone:
+                        processes[name]()
                 one = processes[name]()
                 if alone:
                     processes.pop(name).close()

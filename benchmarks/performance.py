@@ -32,7 +32,8 @@ REPEATS = 3
 
 def encoder(repeats: int) -> Figures:
     """SAM's and LiteMedSAM's image encoders against the publishers' own."""
-    return {family: sam_encoder.compare(family, ["publisher", "ours"], False, repeats) for family in FAMILIES}
+    names = ["publisher", "publisher, memory kept", "ours"]
+    return {family: sam_encoder.compare(family, names, False, repeats) for family in FAMILIES}
 
 
 FAMILIES = ("vit_b", "litemedsam")
@@ -41,12 +42,14 @@ FAMILIES = ("vit_b", "litemedsam")
 def step(repeats: int) -> Figures:
     """A training step of Phase 3."""
     ours = {name: (steps.our_step, mode) for name, mode in steps.OURS.items()}
-    return in_turn({"naive": (steps.naive_step,)} | ours, repeats, alone=True)
+    naive = {"naive": (steps.naive_step,), "naive, memory kept": (steps.naive_step, True)}
+    return in_turn(naive | ours, repeats, alone=True)
 
 
 def inference(repeats: int) -> Figures:
     """One image through both networks."""
-    return in_turn({"naive": (steps.naive_inference,), "ours": (steps.our_inference,)}, repeats)
+    naive = {"naive": (steps.naive_inference,), "naive, memory kept": (steps.naive_inference, True)}
+    return in_turn(naive | {"ours": (steps.our_inference,)}, repeats, warm=1)
 
 
 def masks_per_image(repeats: int) -> Figures:

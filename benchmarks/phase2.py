@@ -19,6 +19,7 @@ from torch import nn
 
 from ultrarefiner.build import build_data, build_phase
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.runs.hygiene import keep_pages
 
 
 class Training:
@@ -30,6 +31,7 @@ class Training:
     """
 
     def __init__(self, overrides: list[str], root: str) -> None:
+        keep_pages()  # as `experiment.run` does
         cfg = configuration(*overrides, f"output_root={root}")
         kind: type[Phase] = get_class(cfg.phase._target_)
         self.data = build_data(cfg, kind)

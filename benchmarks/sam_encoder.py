@@ -9,18 +9,19 @@ publisher's ViT needs 10 GB for: it is then measured for ours alone, with and wi
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
-from measure import matrix_rate, timed
+from measure import Repeat, in_turn, matrix_rate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ultrarefiner.models.sam import load_sam
+from ultrarefiner.runs.hygiene import keep_pages
 
 
 def own_encoder(family: str, checkpointing: bool = False) -> nn.Module:
@@ -42,10 +43,21 @@ def publishers_encoder(family: str) -> nn.Module:
     return reference.eval().requires_grad_(False)
 
 
+def kept(build: Callable[[str], nn.Module]) -> Callable[[str], nn.Module]:
+    """The same in a process that keeps its memory, as `experiment.run` has it on a CPU."""
+
+    def keeping(family: str) -> nn.Module:
+        keep_pages()
+        return build(family)
+
+    return keeping
+
+
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "publisher": publishers_encoder,
-    "ours": own_encoder,
-    "ours, checkpointing": lambda family: own_encoder(family, checkpointing=True),
+    "publisher, memory kept": kept(publishers_encoder),
+    "ours": kept(own_encoder),
+    "ours, checkpointing": kept(lambda family: own_encoder(family, checkpointing=True)),
 }
 
 
@@ -81,6 +93,17 @@ def _kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
+def calls(name: str, family: str, exact: bool) -> Repeat:
+    """A factory for `measure.Apart`: each repeat is a call."""
+    encoder = BUILDERS[name](family)
+    image = example(encoder)
+
+    def once() -> None:
+        call(encoder, image, exact)
+
+    return once
+
+
 def compare(family: str, names: list[str], exact: bool, repeats: int) -> dict[str, dict[str, float]]:
     """Measure in turn, so that whatever else the machine does falls on all alike; print one line for each.
 
@@ -88,41 +111,39 @@ def compare(family: str, names: list[str], exact: bool, repeats: int) -> dict[st
         By name: "seconds" and "processor" (medians), "share" of the matrix product's rate (forward only), "difference"
         to the first relative to its largest value, and "added_gb", the peak memory of a call.
     """
-    encoders = {name: BUILDERS[name](family) for name in names}
-    image = example(encoders[names[0]])
-    with FlopCounterMode(display=False) as counter:  # the first call also warms up
-        results = {names[0]: call(encoders[names[0]], image, exact)}
-    results |= {name: call(encoders[name], image, exact) for name in names[1:]}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    rates: list[float] = []
-    for _ in range(repeats):
-        rates.append(matrix_rate(1))
-        for name, encoder in encoders.items():
-            seconds[name].append(timed(lambda encoder=encoder: call(encoder, image, exact))[:2])  # type: ignore[misc]
-    rate = statistics.median(rates)
-    figures: dict[str, dict[str, float]] = {}
     print(f"\n{family}, {'forward and backward to the image' if exact else 'forward'}, {repeats} repeats")
+    rate = matrix_rate()
     print(f"  {torch.get_num_threads()} threads, whose matrix product reaches {rate / 1e9:.0f} GFLOP/s")
+    measured = in_turn({name: (calls, name, family, exact) for name in names}, repeats, warm=1)
+    # Not in this process, whose memory is not kept either.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
+        results = {name: processes.submit(result, name, family, exact).result() for name in names}
+        memory = {name: processes.submit(peak_memory, name, family, exact).result() for name in names}
+    first, flops = results[names[0]]
+    figures: dict[str, dict[str, float]] = {}
     for name in names:
-        wall, processor = (statistics.median(times) for times in zip(*seconds[name], strict=True))
-        first = [statistics.median(times) for times in zip(*seconds[names[0]], strict=True)]
-        difference = (results[name] - results[names[0]]).abs().max() / results[names[0]].abs().max()
-        figures[name] = {"seconds": wall, "processor": processor, "difference": float(difference)}
-        share = ""
+        found = {key: measured[name][key] for key in ("seconds", "processor")}
+        found["difference"] = float(np.abs(results[name][0] - first).max() / np.abs(first).max())
+        found["added_gb"] = memory[name]
         if not exact:
-            figures[name]["share"] = counter.get_total_flops() / wall / rate
-            share = f"  {figures[name]['share']:.2f} of the matrix product's rate"
+            found["share"] = flops / found["seconds"] / rate
+        ratio = found["seconds"] / measured[names[0]]["seconds"]
+        share = f"  {found['share']:.2f} of the matrix product's rate" if not exact else ""
         print(
-            f"  {name:20} {wall:7.2f} s ({wall / first[0]:.3f})  processor {processor:7.2f} s "
-            f"({processor / first[1]:.3f}){share}  difference {difference:.1e}",
+            f"  {name:22} {found['seconds']:7.2f} s ({ratio:.3f}){share}  difference {found['difference']:.1e}  "
+            f"peak memory +{memory[name]:.2f} GB",
             flush=True,
         )
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
-        for name in names:
-            memory = processes.submit(peak_memory, name, family, exact).result()
-            figures[name]["added_gb"] = memory
-            print(f"  {name:20} peak memory +{memory:.2f} GB", flush=True)
+        figures[name] = found
     return figures
+
+
+def result(name: str, family: str, exact: bool) -> tuple[np.ndarray, int]:
+    """What a call gives, and the floating-point operations it takes."""
+    encoder = BUILDERS[name](family)
+    with FlopCounterMode(display=False) as counter:
+        given = call(encoder, example(encoder), exact)
+    return given.numpy(), counter.get_total_flops()
 
 
 def main() -> None:
@@ -132,7 +153,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exact", action="store_true")
     options = parser.parse_args()
-    compare(options.family, ["publisher", "ours"], False, options.repeats)
+    compare(options.family, ["publisher", "publisher, memory kept", "ours"], False, options.repeats)
     if options.exact:
         names = ["ours", "ours, checkpointing"]
         compare(

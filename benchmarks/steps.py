@@ -19,6 +19,7 @@ from ultrarefiner.data.images import mask_to_square, to_square
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.phases.e2e import E2EPhase
+from ultrarefiner.runs.hygiene import keep_pages
 
 SIDE = 1024
 OURS = {
@@ -49,6 +50,7 @@ def our_phase(gradient: list[str], device: str = "cpu") -> E2EPhase:
 
 def our_step(gradient: list[str]) -> Repeat:
     """A training step in one of the gradient modes."""
+    keep_pages()
     phase, batch = our_phase(gradient).train(), batch_of(1)
     optimizer = phase.optimizer(phase.groups())
 
@@ -63,6 +65,7 @@ def our_step(gradient: list[str]) -> Repeat:
 
 def our_inference() -> Repeat:
     """The final mask of one image, in its frame."""
+    keep_pages()
     phase, batch = our_phase([]).eval(), batch_of(1)
 
     @torch.inference_mode()
@@ -72,8 +75,10 @@ def our_inference() -> Repeat:
     return infer
 
 
-def naive_step() -> Repeat:
-    """The same step, the naive way."""
+def naive_step(kept: bool = False) -> Repeat:
+    """The same step, the naive way; with `kept` the process keeps its memory as ours does (`hygiene.keep_pages`)."""
+    if kept:
+        keep_pages()
     naive, batch = Naive().train(), batch_of(1)
     moving = [p for p in naive.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-5)
@@ -94,8 +99,10 @@ def naive_step() -> Repeat:
     return step
 
 
-def naive_inference() -> Repeat:
+def naive_inference(kept: bool = False) -> Repeat:
     """The same mask, the naive way, at 1024."""
+    if kept:
+        keep_pages()
     naive, batch = Naive().eval(), batch_of(1)
 
     @torch.no_grad()

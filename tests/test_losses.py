@@ -30,7 +30,7 @@ def test_focal_equals_torchvision():
 
     logits, target = masks()
     reference = sigmoid_focal_loss(logits, target, alpha=-1, gamma=2.0, reduction="mean")
-    torch.testing.assert_close(losses.focal(logits, target), reference)
+    torch.testing.assert_close(losses.focal(losses.pixel_bce(logits, target)), reference)
 
 
 def test_cross_entropy_of_two_classes_is_bce_of_their_difference():
@@ -43,7 +43,11 @@ def test_cross_entropy_of_two_classes_is_bce_of_their_difference():
 def test_losses_of_empty_and_full_masks_are_finite_with_finite_gradients(fill):
     logits = torch.full((2, 1, 16, 16), -30.0, requires_grad=True)
     target = torch.full((2, 1, 16, 16), fill)
-    loss = losses.bce(logits, target) + losses.soft_dice_loss(logits.sigmoid(), target) + losses.focal(logits, target)
+    loss = (
+        losses.bce(logits, target)
+        + losses.soft_dice_loss(logits.sigmoid(), target)
+        + losses.focal(losses.pixel_bce(logits, target))
+    )
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
     if fill == 0:

@@ -128,6 +128,8 @@ def _run(
         # Before a checkpoint is read: Lightning converts after that, and trainer.precision=64-true would lose digits.
         trainer.precision_plugin.convert_module(phase)
         phase.to(trainer.strategy.root_device)
+        if phase.device.type == "cpu":
+            hygiene.keep_pages()
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
         baseline = _baseline(phase, data, measured)
         _fit(trainer, phase, data, directory / "checkpoints")

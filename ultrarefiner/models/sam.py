@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
+from ultrarefiner.models import sam_decoder
 from ultrarefiner.models.embedding_cache import EmbeddingCache
-from ultrarefiner.models.sam_decoder import attend_both_ways, draw, embed_masks
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, load_strictly, read_state_dict
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder, PromptEncoder
 
 
-PROMPTS_AT_ONCE = 4  # on a CPU: larger tensors no longer stay in the cache, and each comes as fresh pages
+PROMPTS_AT_ONCE = 8  # on a CPU: more would take memory, and no less time
 
 
 class Sam(nn.Module):
@@ -126,13 +127,40 @@ class Sam(nn.Module):
         image, each = embedding.flatten(2).transpose(1, 2), prompts // len(embedding)
         grid = (embedding.shape[2], embedding.shape[3])
         multimask = self.multimask if multimask is None else multimask
+        position = self._embed_places(*grid)
+        first = sam_decoder.project_first(self.mask_decoder.transformer, image, position)
         step = PROMPTS_AT_ONCE if embedding.device.type == "cpu" else prompts
         drawn = []
-        for part in torch.arange(prompts, device=embedding.device).split(step):
-            dense = self._embed_dense(None if masks is None else masks[part])
-            drawn.append(self._predict(image[part // each] + dense, grid, sparse[part], multimask))
+        for at in range(0, len(embedding), max(1, step // each)):
+            these = slice(at, at + max(1, step // each))
+            for part in torch.arange(prompts).unflatten(0, (-1, each))[these].split(step, dim=1):
+                keys, projected = self._add_masks(image[these], first[these], masks, part.flatten())
+                drawn.append(self._predict(keys, projected, position, grid, sparse[part.flatten()], multimask))
         logits, iou = zip(*drawn, strict=True)
         return torch.cat(logits), torch.cat(iou)
+
+    def _add_masks(self, image: Tensor, first: Tensor, masks: Tensor | None, part: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys of some prompt sets, and what the decoder's first projections make of them.
+
+        Args:
+            image: tokens of the images that the prompt sets belong to. first: the projections of them.
+            masks: of all prompt sets. part: which ones; an equal number for each image.
+        """
+        transformer = self.mask_decoder.transformer
+        if masks is None:
+            none = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
+            return _add_to_each(image, none), _add_to_each(first, sam_decoder.project_prompt(transformer, none))
+        features = sam_decoder.mask_features(self.prompt_encoder, masks[part])
+        step = sam_decoder.last_step(self.prompt_encoder)
+        projected = sam_decoder.project_prompt(transformer, features, step)
+        return _add_to_each(image, F.linear(features, *step)), _add_to_each(first, projected)
+
+    def _embed_places(self, height: int, width: int) -> Float[Tensor, "N D"]:
+        """The position of every token of the image."""
+        device = self.prompt_encoder.no_mask_embed.weight.device
+        centres = [(torch.arange(n, device=device) + 0.5) / n for n in (height, width)]
+        places = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1).flatten(0, 1)  # (N,2) as (x,y)
+        return self._embed_position(places)
 
     def _embed_position(self, coordinates: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape D"]:
         """Random Fourier features of (x,y) in [0,1]. Never in half precision: the frequencies are high."""
@@ -162,24 +190,30 @@ class Sam(nn.Module):
             tokens = [torch.cat([*tokens, embedded], dim=1)] if points is not None else [embedded]
         return tokens[0]
 
-    def _embed_dense(self, masks: Tensor | None) -> Tensor:
-        return self.prompt_encoder.no_mask_embed.weight if masks is None else embed_masks(self.prompt_encoder, masks)
-
     def _predict(
-        self, image: Float[Tensor, "P N D"], grid: tuple[int, int], sparse: Tensor, multimask: bool
+        self,
+        keys: Float[Tensor, "P N D"],
+        projected: Float[Tensor, "P N c"],
+        position: Float[Tensor, "N D"],
+        grid: tuple[int, int],
+        sparse: Tensor,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         """SAM's mask decoder with one prompt set for each image (its own forward repeats all images for each)."""
         decoder = self.mask_decoder
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(image), -1, -1)
-        centres = [(torch.arange(n, device=image.device) + 0.5) / n for n in grid]
-        places = torch.stack(torch.meshgrid(*centres, indexing="ij")[::-1], dim=-1).flatten(0, 1)  # (N,2) as (x,y)
+        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(keys), -1, -1)
         tokens = torch.cat([fixed, sparse.to(fixed.dtype)], dim=1)
-        tokens, keys = attend_both_ways(decoder.transformer, image, self._embed_position(places), tokens)
+        tokens, keys = sam_decoder.attend_both_ways(decoder.transformer, keys, projected, position, tokens)
         # Every token's network runs, also of those not returned: their gradient is then zero and not missing.
         weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
         wanted = slice(1, None) if multimask else slice(0, 1)
-        logits = draw(decoder, keys, weights[:, wanted], *grid)
+        logits = sam_decoder.draw(decoder, keys, weights[:, wanted], *grid)
         return logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
+
+
+def _add_to_each(image: Float[Tensor, "B N D"], prompts: Float[Tensor, "P n D"]) -> Float[Tensor, "P N D"]:
+    """image + prompt, of P / B neighbouring prompt sets for each image."""
+    return (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
 
 
 def load_sam(

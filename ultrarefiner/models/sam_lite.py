@@ -53,7 +53,7 @@ class LiteAttention(nn.Module):
         heads = len(self.attention_biases)
         qkv = self.qkv(self.norm(x)).unflatten(-1, (heads, -1)).transpose(1, 2)
         query, key, value = qkv.split(self.split, dim=-1)
-        bias = self.attention_biases[:, self.attention_bias_idxs].to(query.dtype)
+        bias = self.attention_biases[None, :, self.attention_bias_idxs].to(query.dtype)  # the fused kernel wants 4 axes
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2))
 

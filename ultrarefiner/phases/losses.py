@@ -24,16 +24,19 @@ def cross_entropy(logits: Float[Tensor, "B 2 H W"], target: Float[Tensor, "B 1 H
     return F.cross_entropy(precise(logits), target[:, 0].long())
 
 
+def pixel_bce(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 1 H W"]:
+    """Binary cross-entropy of every pixel from logits."""
+    logits = precise(logits)
+    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+
+
 def bce(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
     """Binary cross-entropy from logits, the mean over pixels."""
-    logits = precise(logits)
-    return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+    return pixel_bce(logits, target).mean()
 
 
-def focal(logits: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"], gamma: float = 2.0) -> Float[Tensor, ""]:
-    """Focal loss (1 − p_t)^γ·BCE without class weights (Lin et al. 2017), the mean over pixels."""
-    logits = precise(logits)
-    pixel = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+def focal(pixel: Float[Tensor, "B 1 H W"], gamma: float = 2.0) -> Float[Tensor, ""]:
+    """Focal loss (1 − p_t)^γ·BCE without class weights (Lin et al. 2017), the mean over pixels, from `pixel_bce`."""
     return ((1 - torch.exp(-pixel)) ** gamma * pixel).mean()
 
 

@@ -82,11 +82,11 @@ class SamPhase(Phase):
         target, coarse_target = (batch[name].repeat_interleave(several, dim=0) for name in ("mask", "coarse_mask"))
         margins = MARGIN * torch.rand(images, 4).to(coarse) if several > 1 else None
         refined = self.cascade.refine(batch["image"], soft_logit(coarse), margins)
-        prob = refined.logits.sigmoid()
+        prob, pixel = refined.logits.sigmoid(), losses.pixel_bce(refined.logits, target)
         terms = {
-            "bce": losses.bce(refined.logits, target),
+            "bce": pixel.mean(),
             "dice": losses.soft_dice_loss(prob, target),
-            "focal": losses.focal(refined.logits, target),
+            "focal": losses.focal(pixel),
             "change": losses.change_penalty(prob, coarse, coarse_target, self.good_from),
             "iou": losses.iou_head_loss(refined.masks, refined.iou, target, refined.boxes),
         }
