@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -204,3 +208,24 @@ def test_steps_count_on_from_the_earlier_phases(finished_runs):
     assert steps["coarse"][0] == steps["sam"][0] == 0
     assert steps["e2e"][0] == steps["coarse"][1] + steps["sam"][1]
     assert steps["e2e"][1] > steps["e2e"][0]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they do")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_memory_that_tensors_leave_is_kept_for_the_next_ones(own):
+    """Pages that came anew are minor faults; what the user chose in the environment stays."""
+    program = """
+import resource, sys, torch
+from ultrarefiner.runs.hygiene import keep_pages
+keep_pages()
+for _ in range(3):
+    torch.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | own
+    faults = int(subprocess.check_output([sys.executable, "-c", program], text=True, env=environment))
+    pages = 5 * 40_000_000 // 4096
+    assert faults > 0.9 * pages if own else faults < 0.1 * pages
