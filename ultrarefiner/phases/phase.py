@@ -163,10 +163,7 @@ class Phase(pl.LightningModule):
             for name in terms:
                 mean = self._sums[name] / self._sums["samples"]
                 self.log(f"train/{name}", mean, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True)
-
-    def on_train_epoch_end(self) -> None:
-        """Between epochs there is nothing to go on from."""
-        self.steps_done, self._sums = 0, {}
+            self.steps_done, self._sums = 0, {}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a gradient that is not finite spoils the weights.
