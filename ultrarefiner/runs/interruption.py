@@ -1,8 +1,8 @@
 """Ending a training that is asked to, and saving inside an epoch: between two steps, so that nothing is repeated."""
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -80,8 +80,8 @@ class Interruption(Callback):
             return
         self._asked.append(number)
         if number == signal.SIGINT and distributed.rank() == 0:
-            # Not print: the signal may have come in the middle of one.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"ending after this step; again: at once\n")
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, b"ending after this step (Ctrl-C again: at once)\n")
 
     def _answer(self) -> None:
         asked, self._asked = self._asked, []
