@@ -40,9 +40,10 @@ class Deadline:
 class Interruption(Callback):
     """Saves and ends between two steps when a signal or the time budget asks for it.
 
-    A signal does what it did before the training, only later: after the step that it fell into, and after a checkpoint.
-    In a validation, where there is nothing to save, it does so at once; and so does Ctrl-C when it is pressed again.
-    Where several processes train together, one of them being asked is enough.
+    A signal does what it did before the training, only later: after the step that it fell into, and after a checkpoint;
+    in a validation, where there is nothing to save, after the batch. Never in the middle of something: an exception that
+    a signal raises may be lost there (in a finaliser, say). Ctrl-C that is pressed again acts at once. Where several
+    processes train together, one of them being asked is enough.
 
     Must come after the callbacks that change something after a step.
 
@@ -56,7 +57,6 @@ class Interruption(Callback):
         self.path, self.deadline, self.save_minutes = path, deadline, save_minutes
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
         self._asked: list[int] = []
-        self._measuring = False
         self._steps = 0
         self._saved = time.monotonic()
 
@@ -75,7 +75,7 @@ class Interruption(Callback):
                     signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
-        if self._measuring or number in self._asked:
+        if number in self._asked:
             self._before[number](number, frame)
             return
         self._asked.append(number)
@@ -123,14 +123,11 @@ class Interruption(Callback):
             epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
             raise self._paused(f"in {epoch}, after step {done} of {batches}")
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From now on signals need not wait."""
-        self._measuring = True
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """End before a batch of a validation."""
         self._answer()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From now on they wait again."""
-        self._measuring = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What was asked for while the last epoch was saved."""
