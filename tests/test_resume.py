@@ -155,7 +155,7 @@ def test_killed_at_random_moments_the_result_is_the_same_to_the_bit(tmp_path, ph
         ("2", 3, []),
         ("2", 3, ["phase.ema_decay=0.5", "trainer.num_workers=2"]),
         ("0", 2, ["trainer.accumulate=2"]),  # gradients that were not applied yet are in no checkpoint
-        ("3", 0, ["trainer.num_workers=2"]),  # the last one: the validation follows, and is left at once
+        ("3", 0, ["trainer.num_workers=2"]),  # the last one: the validation follows, and is left
         ("validation", 0, []),
     ],
 )

@@ -41,9 +41,9 @@ class Interruption(Callback):
     """Saves and ends between two steps when a signal or the time budget asks for it.
 
     A signal does what it did before the training, only later: after the step that it fell into, and after a checkpoint;
-    in a validation, where there is nothing to save, after the batch. Never in the middle of something: an exception that
-    a signal raises may be lost there (in a finaliser, say). Ctrl-C that is pressed again acts at once. Where several
-    processes train together, one of them being asked is enough.
+    in a validation, where there is nothing to save, after the batch. Never in the middle of something: an exception
+    that a signal raises may be lost there (in a finaliser, say). Ctrl-C that is pressed again acts at once. Where
+    several processes train together, one of them being asked is enough.
 
     Must come after the callbacks that change something after a step.
 
