@@ -115,7 +115,7 @@ def compare(family: str, names: list[str], exact: bool, repeats: int) -> dict[st
     rate = matrix_rate()
     print(f"  {torch.get_num_threads()} threads, whose matrix product reaches {rate / 1e9:.0f} GFLOP/s")
     measured = in_turn({name: (calls, name, family, exact) for name in names}, repeats, warm=1)
-    # Not in this process, whose memory is not kept either.
+    # In processes of their own: building some of them changes how a process keeps its memory.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:
         results = {name: processes.submit(result, name, family, exact).result() for name in names}
         memory = {name: processes.submit(peak_memory, name, family, exact).result() for name in names}
