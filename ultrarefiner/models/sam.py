@@ -128,32 +128,28 @@ class Sam(nn.Module):
         grid = (embedding.shape[2], embedding.shape[3])
         multimask = self.multimask if multimask is None else multimask
         position = self._embed_places(*grid)
-        first = sam_decoder.project_first(self.mask_decoder.transformer, image, position)
         step = PROMPTS_AT_ONCE if embedding.device.type == "cpu" else prompts
         drawn = []
         for at in range(0, len(embedding), max(1, step // each)):
             these = slice(at, at + max(1, step // each))
             for part in torch.arange(prompts).unflatten(0, (-1, each))[these].split(step, dim=1):
-                keys, projected = self._add_masks(image[these], first[these], masks, part.flatten())
-                drawn.append(self._predict(keys, projected, position, grid, sparse[part.flatten()], multimask))
+                keys = self._add_masks(image[these], masks, part.flatten())
+                drawn.append(self._predict(keys, position, grid, sparse[part.flatten()], multimask))
         logits, iou = zip(*drawn, strict=True)
         return torch.cat(logits), torch.cat(iou)
 
-    def _add_masks(self, image: Tensor, first: Tensor, masks: Tensor | None, part: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys of some prompt sets, and what the decoder's first projections make of them.
+    def _add_masks(self, image: Float[Tensor, "B N D"], masks: Tensor | None, part: Tensor) -> Float[Tensor, "P N D"]:
+        """The decoder's keys: image and mask prompt, or what stands for none.
 
         Args:
-            image: tokens of the images that the prompt sets belong to. first: the projections of them.
-            masks: of all prompt sets. part: which ones; an equal number for each image.
+            image: tokens of the images that the prompt sets belong to.
+            masks: of all prompt sets. part: which P of them; an equal number for each image.
         """
-        transformer = self.mask_decoder.transformer
         if masks is None:
-            none = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
-            return _add_to_each(image, none), _add_to_each(first, sam_decoder.project_prompt(transformer, none))
-        features = sam_decoder.mask_features(self.prompt_encoder, masks[part])
-        step = sam_decoder.last_step(self.prompt_encoder)
-        projected = sam_decoder.project_prompt(transformer, features, step)
-        return _add_to_each(image, F.linear(features, *step)), _add_to_each(first, projected)
+            prompts = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
+        else:
+            prompts = sam_decoder.embed_masks(self.prompt_encoder, masks[part])
+        return (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
 
     def _embed_places(self, height: int, width: int) -> Float[Tensor, "N D"]:
         """The position of every token of the image."""
@@ -193,7 +189,6 @@ class Sam(nn.Module):
     def _predict(
         self,
         keys: Float[Tensor, "P N D"],
-        projected: Float[Tensor, "P N c"],
         position: Float[Tensor, "N D"],
         grid: tuple[int, int],
         sparse: Tensor,
@@ -203,17 +198,12 @@ class Sam(nn.Module):
         decoder = self.mask_decoder
         fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(keys), -1, -1)
         tokens = torch.cat([fixed, sparse.to(fixed.dtype)], dim=1)
-        tokens, keys = sam_decoder.attend_both_ways(decoder.transformer, keys, projected, position, tokens)
+        tokens, keys = sam_decoder.attend_both_ways(decoder.transformer, keys, position, tokens)
         # Every token's network runs, also of those not returned: their gradient is then zero and not missing.
         weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
         wanted = slice(1, None) if multimask else slice(0, 1)
         logits = sam_decoder.draw(decoder, keys, weights[:, wanted], *grid)
         return logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
-
-
-def _add_to_each(image: Float[Tensor, "B N D"], prompts: Float[Tensor, "P n D"]) -> Float[Tensor, "P N D"]:
-    """image + prompt, of P / B neighbouring prompt sets for each image."""
-    return (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
 
 
 def load_sam(

@@ -5,12 +5,12 @@ segment-anything goes to and fro between images (P,C,h,w) and tokens (P,N,C). He
 - its convolutions have a stride equal to their kernel, so each is one matrix product on the pixels under a token;
 - between them only norms and activations of single pixels follow, so the pixels may stay where they are, and only the
   finished logits are put into rows and columns;
-- a projection of keys + position is the sum of both projections, and the position's is the same for all prompt sets;
-- the first layer's keys are image + mask prompt: the image's projection is the same for all prompt sets of an image,
-  and the mask prompt comes from a few features, which may be projected instead of it.
+- few prompt tokens meet thousands of image tokens, so what attention does to the image's tokens it does to the prompts'
+  instead, by turning products round: (W·key)·query = key·(Wᵀ·query), and Σ aᵢ·(W·valueᵢ) = W·Σ aᵢ·valueᵢ. With T prompt
+  tokens and H heads a projection to C channels costs H·T instead of C for every image token: 56 to 72 instead of 128.
 """
 
-from collections.abc import Sequence
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,44 +23,21 @@ if TYPE_CHECKING:
     from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 
 
-def mask_features(encoder: "PromptEncoder", masks: Float[Tensor, "P 1 M M"]) -> Float[Tensor, "P N c"]:
-    """Mask prompts (logits) as features of each token, see `last_step`; M is four times the embedding's side."""
-    first, first_norm, activation, second, second_norm, _, _ = encoder.mask_downscaling
+def embed_masks(encoder: "PromptEncoder", masks: Float[Tensor, "P 1 M M"]) -> Float[Tensor, "P N D"]:
+    """Mask prompts (logits) as what is added to the image's tokens; M is four times the embedding's side."""
+    first, first_norm, activation, second, second_norm, _, last = encoder.mask_downscaling
     height, width = encoder.image_embedding_size
     # Row 4i + 2a + c and column 4j + 2b + d belong to token (i,j), there to pixel (a,b), there to (c,d).
     x = masks.unflatten(3, (width, 2, 2)).unflatten(2, (height, 2, 2)).permute(0, 2, 5, 3, 6, 4, 7, 1)
     x = x.flatten(5).flatten(3, 4).flatten(1, 2)  # P, tokens, (a,b), (c,d)
     x = activation(_norm(first_norm, F.linear(x, _patch(first), first.bias)))
-    return activation(_norm(second_norm, F.linear(x.flatten(2), _patch(second), second.bias)))
-
-
-def last_step(encoder: "PromptEncoder") -> tuple[Float[Tensor, "D c"], Float[Tensor, " D"]]:
-    """Weight and bias of the linear map from mask features to what is added to the image's tokens."""
-    last = encoder.mask_downscaling[-1]
-    return _patch(last), last.bias
-
-
-def project_first(
-    transformer: "TwoWayTransformer", image: Float[Tensor, "B N D"], position: Float[Tensor, "N D"]
-) -> Float[Tensor, "B N c"]:
-    """What the first layer's projections make of images and positions; with `project_prompt` added, of the keys."""
-    return torch.cat(_project(transformer.layers[0], image, position), dim=-1)
-
-
-def project_prompt(
-    transformer: "TwoWayTransformer", x: Float[Tensor, "*shape d"], step: tuple[Tensor, Tensor] | None = None
-) -> Float[Tensor, "*shape c"]:
-    """What they make of mask prompts x, or with `last_step` of mask features x."""
-    weight = torch.cat([layer.weight for layer in _projections(transformer.layers[0])])
-    if step is None:
-        return F.linear(x, weight)
-    return F.linear(x, weight @ step[0], weight @ step[1])
+    x = activation(_norm(second_norm, F.linear(x.flatten(2), _patch(second), second.bias)))
+    return F.linear(x, _patch(last), last.bias)
 
 
 def attend_both_ways(
     transformer: "TwoWayTransformer",
     keys: Float[Tensor, "P N D"],
-    projected: Float[Tensor, "P N c"],
     position: Float[Tensor, "N D"],
     tokens: Float[Tensor, "P T D"],
 ) -> tuple[Float[Tensor, "P T D"], Float[Tensor, "P N D"]]:
@@ -68,18 +45,14 @@ def attend_both_ways(
 
     Args:
         transformer: the publisher's.
-        keys: image and mask prompt. projected: what the first layer's projections make of them.
+        keys: image and mask prompt.
         position: of the keys.
         tokens: all prompts' tokens.
     """
     queries = tokens
-    for number, layer in enumerate(transformer.layers):
-        sizes = [projection.out_features for projection in _projections(layer)]
-        parts = _project(layer, keys, position) if number else projected.split(sizes, dim=-1)
-        queries, keys = _layer(layer, queries, keys, parts, tokens)
-    final = transformer.final_attn_token_to_image
-    key, value = _linear(keys, final.k_proj, final.v_proj)
-    attended = _attention(final, final.q_proj(queries + tokens), key + _shared(final.k_proj, position), value)
+    for layer in transformer.layers:
+        queries, keys = _layer(layer, queries, keys, position, tokens)
+    attended = _to_image(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys)
     return transformer.norm_final_attn(queries + attended), keys
 
 
@@ -97,49 +70,53 @@ def draw(
 
 
 def _layer(
-    layer: "TwoWayAttentionBlock", queries: Tensor, keys: Tensor, projected: Sequence[Tensor], tokens: Tensor
+    layer: "TwoWayAttentionBlock", queries: Tensor, keys: Tensor, position: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tokens to themselves, tokens to image, MLP on the tokens, image to tokens."""
-    to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
     if layer.skip_first_layer_pe:
         queries = layer.norm1(layer.self_attn(queries, queries, queries))
     else:
         placed = queries + tokens
         queries = layer.norm1(queries + layer.self_attn(placed, placed, queries))
-    key, value, query = projected
-    queries = layer.norm2(queries + _attention(to_image, to_image.q_proj(queries + tokens), key, value))
+    placed = keys + position
+    queries = layer.norm2(queries + _to_image(layer.cross_attn_token_to_image, queries + tokens, placed, keys))
     queries = layer.norm3(queries + layer.mlp(queries))
-    attended = _attention(to_tokens, query, to_tokens.k_proj(queries + tokens), to_tokens.v_proj(queries))
-    return queries, layer.norm4(keys + attended)
+    return queries, layer.norm4(keys + _to_tokens(layer.cross_attn_image_to_token, placed, queries + tokens, queries))
 
 
-def _projections(layer: "TwoWayAttentionBlock") -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """Of the image's keys: to key and value for the tokens, to a query of the tokens."""
-    to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    return to_image.k_proj, to_image.v_proj, to_tokens.q_proj
+def _to_image(
+    attention: "Attention", query: Float[Tensor, "P T D"], key: Float[Tensor, "P N D"], value: Float[Tensor, "P N D"]
+) -> Float[Tensor, "P T D"]:
+    """What each prompt token takes from all image tokens."""
+    weights = _scores(attention, attention.q_proj(query), attention.k_proj, key).softmax(-1)
+    mixed = (weights.flatten(1, 2) @ value).unflatten(1, weights.shape[1:3])
+    out = torch.einsum("phtc,hdc->pthd", mixed, attention.v_proj.weight.unflatten(0, (attention.num_heads, -1)))
+    return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
 
 
-def _project(layer: "TwoWayAttentionBlock", keys: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    projections = _projections(layer)
-    key, value, query = _linear(keys, *projections)
-    return key + _shared(projections[0], position), value, query + _shared(projections[2], position)
+def _to_tokens(
+    attention: "Attention", query: Float[Tensor, "P N D"], key: Float[Tensor, "P T D"], value: Float[Tensor, "P T D"]
+) -> Float[Tensor, "P N D"]:
+    """What each image token takes from all prompt tokens."""
+    weights = _scores(attention, attention.k_proj(key), attention.q_proj, query).softmax(2)
+    values = attention.v_proj(value).unflatten(2, (attention.num_heads, -1))
+    out = torch.einsum("pthd,chd->phtc", values, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
+    # The weights of a head sum to 1, so the bias, which is added once, may be shared out among the heads.
+    out = out + attention.out_proj.bias / attention.num_heads
+    return weights.flatten(1, 2).mT @ out.flatten(1, 2)
 
 
-def _attention(attention: "Attention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Multi-head attention of what is projected already, and the projection behind it."""
-    parts = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return attention.out_proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
-
-
-def _linear(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Several linear layers of the same input as one."""
-    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
-
-
-def _shared(layer: nn.Linear, position: Tensor) -> Tensor:
-    """What the position adds to a projection; the bias is counted where the keys are projected."""
-    return F.linear(position, layer.weight)
+def _scores(
+    attention: "Attention", few: Float[Tensor, "P T C"], projection: nn.Linear, many: Float[Tensor, "P N D"]
+) -> Float[Tensor, "P H T N"]:
+    """Scaled dot products, for each head, of projected prompt tokens with image tokens, which `projection` would map."""
+    few = few.unflatten(2, (attention.num_heads, -1))
+    few = few / math.sqrt(few.shape[-1])
+    weight, bias = (p.unflatten(0, (attention.num_heads, -1)) for p in (projection.weight, projection.bias))
+    turned = torch.einsum("pthd,hdc->phtc", few, weight)
+    constant = torch.einsum("pthd,hd->pht", few, bias)
+    scores = torch.baddbmm(constant.flatten(1)[..., None], turned.flatten(1, 2), many.mT)
+    return scores.unflatten(1, turned.shape[1:3])
 
 
 def _patch(layer: nn.Conv2d | nn.ConvTranspose2d) -> Float[Tensor, "out in"]:
