@@ -169,7 +169,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     ),
     "embeddings": (
         "Embeddings that are kept (`model.cache_embeddings`)",
-        "Epochs of Phase 2, model=lite, roi=off, dataset.augment=null, batch 4; the first fills an empty cache.",
+        "Epochs of Phase 2, model=lite, roi=off, dataset.augment=null, batch 4; the first fills an empty cache, the "
+        "second finds all its images in it.",
         embeddings,
     ),
     "simulation": ("Simulated coarse masks", "One thread.", simulation),

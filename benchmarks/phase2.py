@@ -76,8 +76,13 @@ def steps(overrides: list[str], root: str) -> Repeat:
 
 
 def epochs(overrides: list[str], root: str) -> Repeat:
-    """A factory for `measure.Apart`: each repeat is an epoch."""
-    return Training(overrides, root).epoch_of_steps
+    """A factory for `measure.Apart`: each repeat is an epoch, after a step that is not counted and keeps nothing."""
+    training = Training(overrides, root)
+    sam = training.phase.cascade.refiner.sam  # type: ignore[union-attr]
+    sam.embeddings, kept = None, sam.embeddings
+    training.step()
+    sam.embeddings, training.batches = kept, iter(())
+    return training.epoch_of_steps
 
 
 def shared_crop(masks: int) -> list[str]:
@@ -88,6 +93,8 @@ def shared_crop(masks: int) -> list[str]:
 def full_frame(cached: bool, cases: int) -> list[str]:
     """Phase 2 on full frames, with and without embeddings that are kept."""
     common = ["model=lite", "phase=sam", "roi=off", "dataset.augment=null", f"dataset.reader.cases={cases}"]
+    # Whole batches: the few images that an epoch leaves out would be new to the next one.
+    common.append("dataset.limit.train=28")
     return [*common, f"model.cache_embeddings={str(cached).lower()}"]
 
 

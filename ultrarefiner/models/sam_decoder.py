@@ -64,9 +64,10 @@ def draw(
     x = F.linear(keys, _patch(first), first.bias.repeat(4)).unflatten(2, (4, -1))
     x = activation(_norm(norm, x))
     x = last_activation(F.linear(x, _patch(second), second.bias.repeat(4)))
-    logits = weights @ x.flatten(2).unflatten(2, (16, -1)).flatten(1, 2).transpose(1, 2)
-    logits = logits.unflatten(2, (height, width, 2, 2, 2, 2))  # i, j, a, b, c, d as in `embed_masks`
-    return logits.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5).flatten(2, 4)
+    # In this order the way back leaves the largest tensors as they lie.
+    logits = x.flatten(2).unflatten(2, (16, -1)).flatten(1, 2) @ weights.mT
+    logits = logits.unflatten(1, (height, width, 2, 2, 2, 2))  # i, j, a, b, c, d as in `embed_masks`
+    return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)
 
 
 def _layer(
@@ -109,7 +110,7 @@ def _to_tokens(
 def _scores(
     attention: "Attention", few: Float[Tensor, "P T C"], projection: nn.Linear, many: Float[Tensor, "P N D"]
 ) -> Float[Tensor, "P H T N"]:
-    """Scaled dot products, for each head, of projected prompt tokens with image tokens, which `projection` would map."""
+    """Scaled dot products in each head of projected prompt tokens with image tokens, which `projection` would map."""
     few = few.unflatten(2, (attention.num_heads, -1))
     few = few / math.sqrt(few.shape[-1])
     weight, bias = (p.unflatten(0, (attention.num_heads, -1)) for p in (projection.weight, projection.bias))
