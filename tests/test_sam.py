@@ -133,6 +133,24 @@ def test_decoder_gradients_equal_plain_path(pair, kind):
         assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-4, name
 
 
+def test_half_precision_is_no_worse_than_the_plain_path(pair):
+    """The decoder under bfloat16 against float32: turning the products round costs no digits."""
+    ours, reference = pair
+    prompts = prompts_for("pbm", 1, ours.mask_size)
+    embedding = torch.randn(1, CHANNELS, 35, 35, generator=torch.Generator().manual_seed(2))
+
+    def plain() -> Tensor:
+        points = (prompts["points"] * SIZE - 0.5, prompts["labels"])
+        sparse, dense = reference.prompt_encoder(points, prompts["boxes"] * SIZE - 0.5, prompts["masks"])
+        return reference.mask_decoder(embedding, reference.prompt_encoder.get_dense_pe(), sparse, dense, True)[0]
+
+    with torch.no_grad():
+        truth = plain()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors = [(found.float() - truth).norm() for found in (ours.decode(embedding, **prompts)[0], plain())]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
 @pytest.mark.parametrize("kind", ["p", "b", "pbm", ""])
 def test_batch_equals_singles(pair, kind):
     ours, _ = pair
