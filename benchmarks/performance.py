@@ -32,7 +32,7 @@ REPEATS = 3
 
 def encoder(repeats: int) -> Figures:
     """SAM's and LiteMedSAM's image encoders against the publishers' own."""
-    names = ["publisher", "publisher, memory kept", "ours"]
+    names = ["publisher", "publisher, memory kept", "ours", "ours, compiled"]
     return {family: sam_encoder.compare(family, names, False, repeats) for family in FAMILIES}
 
 

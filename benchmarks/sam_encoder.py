@@ -53,10 +53,19 @@ def kept(build: Callable[[str], nn.Module]) -> Callable[[str], nn.Module]:
     return keeping
 
 
+def compiled(family: str) -> nn.Module:
+    """Ours as `trainer.compile=true` has it, compiled before anything is measured."""
+    encoder = own_encoder(family)
+    encoder.compile()
+    call(encoder, example(encoder), exact=False)
+    return encoder
+
+
 BUILDERS: dict[str, Callable[[str], nn.Module]] = {
     "publisher": publishers_encoder,
     "publisher, memory kept": kept(publishers_encoder),
     "ours": kept(own_encoder),
+    "ours, compiled": kept(compiled),
     "ours, checkpointing": kept(lambda family: own_encoder(family, checkpointing=True)),
 }
 
