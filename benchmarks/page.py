@@ -52,8 +52,8 @@ def encoder(figures: Figures) -> str:
     bound = figures["vit_b"]["publisher"]["share"]
     return table(header, rows) + (
         f"\n\nAt the rate of a plain matrix product ViT-B's arithmetic alone would take {bound:.2f} of "
-        "segment-anything's time as it is: the bound of that ratio. `compiled`: `trainer.compile=true`, which takes about "
-        "a minute before the first step."
+        "segment-anything's time as it is: the bound of that ratio. `compiled`: `trainer.compile=true`, "
+        "which takes about a minute before the first step."
     )
 
 
