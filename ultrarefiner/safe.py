@@ -1,6 +1,7 @@
 """The one place where PyTorch files are read: nothing in them is executed, and damage is noticed."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ def load(path: str | Path) -> Any:
                 member = archive.testzip()
             if member is not None:
                 raise UserError(f"{path} is damaged (checksum of {member}); copy or make it again")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # A protocol that PyTorch does not write: what it cannot read for that ends in a sentence below.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
