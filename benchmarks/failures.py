@@ -22,13 +22,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 from omegaconf import OmegaConf
 
-from ultrarefiner.build import build_data
-from ultrarefiner.data.failure_shapes import KINDS
-from ultrarefiner.data.failure_softness import dice_of
 from ultrarefiner.data.failures import BINS, FailureSimulator
+from ultrarefiner.data.failures.shapes import KINDS
+from ultrarefiner.data.failures.softness import dice_of
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.phases.sam import SamPhase
+from ultrarefiner.runs.build import build_data
 
 SIDE = 224  # px
 TARGETS = (0.95, 0.85, 0.75, 0.63)

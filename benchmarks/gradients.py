@@ -28,9 +28,9 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from ultrarefiner import cli, config
-from ultrarefiner.build import build_refiner
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.phases import losses
+from ultrarefiner.runs.build import build_refiner
 
 MODES = {
     "exact": ["model.gradient=exact"],

@@ -16,9 +16,9 @@ from pathlib import Path
 from measure import configuration
 from page import table
 
-from ultrarefiner.experiment import run
-from ultrarefiner.runs.checkpoints import write_atomically
-from ultrarefiner.runs.statistics import over_cases
+from ultrarefiner.files import write_atomically
+from ultrarefiner.results.statistics import over_cases
+from ultrarefiner.runs.training import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"train": 64, "val": 8, "test": 80}

@@ -23,7 +23,8 @@ import pytorch_lightning as pl
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
-from ultrarefiner import cli, config, experiment
+from ultrarefiner import cli, config
+from ultrarefiner.runs import training
 
 WATCHERS = ("MetricsTable", "KeepCheckpoints", "Estimate", "Patience", "Interruption", "ProgressBar")
 START = """
@@ -56,7 +57,7 @@ def measure(overrides: list[str]) -> tuple[float, dict[str, float], int]:
 
         return wrapper
 
-    make = experiment._trainer
+    make = training._trainer
 
     def watched(*args: Any) -> pl.Trainer:
         trainer = make(*args)
@@ -77,14 +78,14 @@ def measure(overrides: list[str]) -> tuple[float, dict[str, float], int]:
         trainer.fit = fitted  # type: ignore[method-assign]
         return trainer
 
-    experiment._trainer = watched
+    training._trainer = watched
     config.register()
     Plugins.instance().register(cli.ExperimentsPath)
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        experiment.run(cfg)
-    experiment._trainer = make
+        training.run(cfg)
+    training._trainer = make
     return whole["seconds"], dict(spent), int(whole["steps"])
 
 

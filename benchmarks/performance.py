@@ -24,7 +24,7 @@ from gpu import gpu
 from measure import Apart, Figures, in_turn, machine, summary
 from page import page
 
-from ultrarefiner.runs.checkpoints import write_atomically
+from ultrarefiner.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 3

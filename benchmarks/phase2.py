@@ -17,9 +17,9 @@ from hydra.utils import get_class
 from measure import Repeat, configuration
 from torch import nn
 
-from ultrarefiner.build import build_data, build_phase
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs.hygiene import keep_pages
+from ultrarefiner.runs.build import build_data, build_phase
+from ultrarefiner.runs.callbacks import keep_pages
 
 
 class Training:
@@ -31,7 +31,7 @@ class Training:
     """
 
     def __init__(self, overrides: list[str], root: str) -> None:
-        keep_pages()  # as `experiment.run` does
+        keep_pages()  # as `training.run` does
         cfg = configuration(*overrides, f"output_root={root}")
         kind: type[Phase] = get_class(cfg.phase._target_)
         self.data = build_data(cfg, kind)
@@ -100,7 +100,7 @@ def full_frame(cached: bool, cases: int) -> list[str]:
 
 def experiment(images: int, epochs: int) -> Repeat:
     """A factory: a whole run of Phase 2 with model=tiny, from phantoms to summary, on so many training images."""
-    from ultrarefiner.experiment import run
+    from ultrarefiner.runs.training import run
 
     options = [
         f"dataset.reader.cases={3 * images}",

@@ -16,10 +16,10 @@ from busbra_cases import Example, examples
 from torch import Tensor
 
 from ultrarefiner.models.sam import load_sam
-from ultrarefiner.phases import metrics
 from ultrarefiner.refine.prompts import DirectMaskPrompt, DistanceMaskPrompt, GaussianMaskPrompt, Prompts
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame, LesionRoi
+from ultrarefiner.results import metrics
 
 MASKS = {"–": None, "direct": DirectMaskPrompt(), "gaussian": GaussianMaskPrompt(), "distance": DistanceMaskPrompt()}
 POINTS = {"–": (False, False), "centre": (True, False), "centre, background": (True, True)}

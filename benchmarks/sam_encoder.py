@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ultrarefiner.models.sam import load_sam
-from ultrarefiner.runs.hygiene import keep_pages
+from ultrarefiner.runs.callbacks import keep_pages
 
 
 def own_encoder(family: str, checkpointing: bool = False) -> nn.Module:
@@ -44,7 +44,7 @@ def publishers_encoder(family: str) -> nn.Module:
 
 
 def kept(build: Callable[[str], nn.Module]) -> Callable[[str], nn.Module]:
-    """The same in a process that keeps its memory, as `experiment.run` has it on a CPU."""
+    """The same in a process that keeps its memory, as `training.run` has it on a CPU."""
 
     def keeping(family: str) -> nn.Module:
         keep_pages()

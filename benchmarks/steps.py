@@ -14,12 +14,12 @@ from jaxtyping import Float
 from measure import Repeat, configuration
 from torch import Tensor, nn
 
-from ultrarefiner.build import build_phase
 from ultrarefiner.data.images import mask_to_square, to_square
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.phases.e2e import E2EPhase
-from ultrarefiner.runs.hygiene import keep_pages
+from ultrarefiner.runs.build import build_phase
+from ultrarefiner.runs.callbacks import keep_pages
 
 SIDE = 1024
 OURS = {
@@ -76,7 +76,7 @@ def our_inference() -> Repeat:
 
 
 def naive_step(kept: bool = False) -> Repeat:
-    """The same step, the naive way; with `kept` the process keeps its memory as ours does (`hygiene.keep_pages`)."""
+    """The same step, the naive way; with `kept` the process keeps its memory as ours does (`callbacks.keep_pages`)."""
     if kept:
         keep_pages()
     naive, batch = Naive().train(), batch_of(1)

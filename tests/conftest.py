@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from data_layouts import SHARED
 from ultrarefiner import cli, config, train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
@@ -23,7 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; thread
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real BUS-BRA and BUSI images, which a user's clone does not have."""
-    folder = Path(os.environ.get("ULTRAREFINER_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    folder = SHARED
     if not folder.is_dir():
         pytest.skip("needs BUS-BRA and BUSI: set ULTRAREFINER_TEST_DATA to a folder with BUSBRA/ and BUSI_sample/")
     return folder
@@ -84,7 +85,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory) -> Path:
     """An output_root in which all three phases of the micro experiment are finished."""
-    from ultrarefiner.experiment import run
+    from ultrarefiner.runs.training import run
 
     root = tmp_path_factory.mktemp("finished")
     run(compose(f"output_root={root}"))

@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder
 from hydra.core.global_hydra import GlobalHydra
 
 from conftest import Finished
+from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder
 from ultrarefiner import cli, prepare
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -143,7 +143,7 @@ def test_simulated_masks_as_files(prepared, tmp_path):
 
 
 def test_simulated_masks_never_leave_their_folder_or_overwrite_another(prepared, tmp_path):
-    from ultrarefiner.data.failure_files import file_name
+    from ultrarefiner.data.failures.files import file_name
 
     for id in ("../../up", "/etc/passwd", "a\nb", "..", "ä" * 300, ""):
         name = file_name(3, id)
@@ -190,7 +190,7 @@ def test_the_example_of_a_new_dataset_in_the_readme_works(tmp_path):
     code = (
         "import sys\n"
         "from ultrarefiner import cli, train\n"
-        "from ultrarefiner.build import build_data\n"
+        "from ultrarefiner.runs.build import build_data\n"
         "from ultrarefiner.phases.coarse import CoarsePhase\n"
         "def one_batch(cfg):\n"
         "    data = build_data(cfg, CoarsePhase)\n"

@@ -42,10 +42,10 @@ def help_text() -> str:
 def _prepare(cfg: DictConfig) -> None:
     from pathlib import Path
 
-    from ultrarefiner.build import build
     from ultrarefiner.data.cache import open_cache
-    from ultrarefiner.data.failure_files import write_failures
+    from ultrarefiner.data.failures.files import write_failures
     from ultrarefiner.data.inspect import inspect_dataset
+    from ultrarefiner.runs.build import build
 
     if cfg.failures < 0:
         raise UserError(f"failures={cfg.failures} is no number of masks: give 0 or more.")

@@ -54,8 +54,8 @@ def help_text() -> str:
 
 
 def _train(cfg: DictConfig) -> str:
-    from ultrarefiner.distributed import processes
-    from ultrarefiner.experiment import run
+    from ultrarefiner.runs.launch import processes
+    from ultrarefiner.runs.training import run
 
     with processes(cfg):
         return str(run(cfg))

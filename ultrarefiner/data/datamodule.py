@@ -9,7 +9,7 @@ import cv2
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from ultrarefiner import distributed
+from ultrarefiner import ranks
 from ultrarefiner.data import folds as partition
 from ultrarefiner.data.augment import Augment
 from ultrarefiner.data.cache import Frames, open_cache
@@ -179,14 +179,14 @@ class DataModule(pl.LightningDataModule):
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, masks)
 
     def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader:
-        processes = distributed.size()
+        processes = ranks.size()
         if len(data) < processes:
             raise UserError(f"{self.reader.name}: {len(data)} cases are too few for {processes} processes")
         if shuffle:
             batch_size //= processes  # so that their batches together are the batch of one
         phase: Any = self.trainer.lightning_module if self.trainer and shuffle else None
         epoch, batches = phase.begins_at if phase else (0, 0)
-        place = (distributed.rank(), processes)
+        place = (ranks.rank(), processes)
         sampler = EpochSampler(len(data), self.seed, shuffle, *place, epoch, batches * batch_size)
         return DataLoader(
             data,

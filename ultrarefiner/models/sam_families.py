@@ -50,7 +50,7 @@ def build_vit_sam(
     """
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
 
-    from ultrarefiner.models.sam_attention import ViTEncoder
+    from ultrarefiner.models.sam_vit import ViTEncoder
 
     encoder = ImageEncoderViT(
         img_size=image_size,

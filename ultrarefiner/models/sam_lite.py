@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
-from ultrarefiner.models.sam_attention import run_block
+from ultrarefiner.models.sam_vit import run_block
 from ultrarefiner.models.weights import file_sha256, in_memory_state
 
 

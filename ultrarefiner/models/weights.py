@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import torch
 from torch import Tensor
 
-from ultrarefiner import safe
+from ultrarefiner import files
 from ultrarefiner.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -125,7 +125,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for release in RELEASES.values():
         if path.name == release.name and path.is_file():
             check_release(path, release)
-    content = safe.load(path)
+    content = files.load(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

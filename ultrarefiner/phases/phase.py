@@ -11,10 +11,10 @@ import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 
-from ultrarefiner.distributed import gather
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
-from ultrarefiner.phases import metrics
+from ultrarefiner.ranks import gather
+from ultrarefiner.results import metrics
 
 EXPLODED = 1e4
 """A loss that no mask can cause: training diverges."""

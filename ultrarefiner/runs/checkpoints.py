@@ -1,8 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running code, the previous one kept."""
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,63 +10,11 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
 from ultrarefiner.errors import UserError
-from ultrarefiner.safe import load as load
+from ultrarefiner.files import load, replacing
 
 log = logging.getLogger(__name__)
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment either the old or the new one is there in full.
-
-    Raises:
-        UserError: the disk is full or not writable; what was there before is untouched.
-    """
-    with _replacing(path) as part:
-        part.write_bytes(content)
-
-
-def save(content: Any, path: Path) -> None:
-    """`torch.save`, atomically; see `write_atomically`."""
-    with _replacing(path) as part:
-        torch.save(content, part)
-
-
-class _replacing:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Path:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        os.close(handle)
-        self.part = Path(name)
-        return self.part
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                with self.part.open("rb") as file:
-                    os.fsync(file.fileno())
-                # mkstemp makes private files; results are as readable as the user's umask says.
-                umask = os.umask(0)
-                os.umask(umask)
-                self.part.chmod(0o666 & ~umask)
-                self.part.replace(self.path)
-        except OSError as failure:
-            raise UserError(f"cannot write {self.path}: {failure.strerror}") from failure
-        finally:
-            self.part.unlink(missing_ok=True)
-        # torch.save reports a full disk as a RuntimeError of its own.
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "write" in str(error)):
-            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
-            raise UserError(f"cannot write {self.path}: {reason}; what was there before is untouched") from error
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -90,7 +36,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write atomically, after moving what is there to `previous.ckpt` if it is the last one."""
         path = Path(path)
-        with _replacing(path) as part:
+        with replacing(path) as part:
             torch.save(checkpoint, part)
             if path.name == LAST and path.is_file():
                 path.replace(path.with_name(PREVIOUS))

@@ -11,7 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from ultrarefiner import distributed
+from ultrarefiner import ranks
 from ultrarefiner.errors import Paused
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -79,7 +79,7 @@ class Interruption(Callback):
             self._before[number](number, frame)
             return
         self._asked.append(number)
-        if number == signal.SIGINT and distributed.rank() == 0:
+        if number == signal.SIGINT and ranks.rank() == 0:
             with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
                 os.write(2, b"ending after this step (Ctrl-C again: at once)\n")
 
@@ -96,7 +96,7 @@ class Interruption(Callback):
         """
         self._saved = time.monotonic()
         self._answer()
-        (over,) = distributed.one_says(self.deadline.over)
+        (over,) = ranks.one_says(self.deadline.over)
         if over and self._steps:  # each start does something, or a small budget would never come to an end
             raise self._paused(f"after epoch {trainer.current_epoch} of {trainer.max_epochs}")
 
@@ -114,7 +114,7 @@ class Interruption(Callback):
             return  # gradients that are not applied yet are not saved; the epoch's end saves by itself
         minutes = (time.monotonic() - self._saved) / 60
         due = minutes >= self.save_minutes or (minutes >= WORTH_SAVING and done + together >= batches)
-        asked, over, due = distributed.one_says(bool(self._asked), self.deadline.over, due)
+        asked, over, due = ranks.one_says(bool(self._asked), self.deadline.over, due)
         if asked or over or due:
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()

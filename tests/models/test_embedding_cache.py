@@ -1,0 +1,212 @@
+"""Image embeddings on disk: equal to the plain path to float16, never stale, whole or absent, within their limit."""
+
+import csv
+import logging
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import compose
+from ultrarefiner.errors import UserError
+from ultrarefiner.models.embedding_cache import EmbeddingCache
+from ultrarefiner.models.sam import Sam, load_sam
+from ultrarefiner.phases.sam import SamPhase
+from ultrarefiner.runs import build
+from ultrarefiner.runs.training import run
+
+CACHED = ["phase=sam", "roi=off", "dataset.augment=null", "model.train.image_encoder=false"]
+ENTRY = 64 * 16 * 16 * 2 + 128 + 4  # bytes: float16, the header of numpy's files, the CRC
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 1, 128, 128, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "embeddings"
+
+
+def cached_sam(folder: Path, limit_gb: float = 1.0, seed: int = 0) -> tuple[Sam, list[int]]:
+    """A SAM with a cache, and the sizes of the batches that its encoder has met."""
+    sam, met = load_sam("tiny", seed=seed), []
+    sam.embeddings = EmbeddingCache(folder, limit_gb)
+    sam.image_encoder.register_forward_pre_hook(lambda _, inputs: met.append(len(inputs[0])))
+    return sam, met
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*"))
+
+
+def test_it_equals_the_plain_path_to_float16(folder):
+    """Embedding: half a unit in the last place of float16 (2⁻¹¹). Masks and gradients after it: 1e-3 of the largest."""
+    found = []
+    for sam in (load_sam("tiny"), cached_sam(folder)[0]):
+        embedding = sam.encode(images(3))
+        box = torch.tensor([[0.2, 0.3, 0.6, 0.8]]).repeat(3, 1)
+        logits, iou = sam.decode(embedding, boxes=box)
+        (logits.tanh().mean() + iou.mean()).backward()
+        gradients = [p.grad for p in sam.mask_decoder.parameters()]
+        found.append([embedding.detach(), logits.detach(), iou.detach(), *gradients])
+    plain, cached = found
+    assert cached[0].dtype == torch.float32
+    assert not torch.equal(cached[0], plain[0])
+    assert ((cached[0] - plain[0]).abs() <= 2**-11 * plain[0].abs() + 1e-6).all()
+    for a, b in zip(plain[1:], cached[1:], strict=True):
+        assert (a - b).norm() <= 1e-3 * a.norm() + 1e-7
+
+
+def test_what_was_met_before_is_not_encoded_again(folder):
+    sam, met = cached_sam(folder)
+    first = sam.encode(images(4))
+    assert met == [1, 1, 1, 1]
+    assert torch.equal(sam.encode(images(4)), first) and len(met) == 4
+    again, met = cached_sam(folder)  # as a later process would
+    with torch.inference_mode():
+        assert torch.equal(again.encode(images(4)[[2, 0]]), first[[2, 0]]) and not met
+
+
+def test_an_embedding_does_not_depend_on_what_is_there(folder):
+    sam, _ = cached_sam(folder)
+    sam.encode(images(4)[1:3])
+    empty, _ = cached_sam(folder.with_name("other"))
+    full, _ = cached_sam(folder.with_name("full"), limit_gb=0)
+    assert torch.equal(sam.encode(images(4)), empty.encode(images(4)))
+    assert torch.equal(full.encode(images(4)), empty.encode(images(4))) and not entries(full.embeddings.folder)
+
+
+def test_whatever_changes_the_embedding_is_encoded_anew(folder):
+    sam, met = cached_sam(folder)
+    image = images(1)
+    sam.encode(image)
+    nearly = image.clone()
+    nearly[0, 0, 5, 5] += 1e-6
+    sam.encode(nearly)
+    assert len(met) == 2
+    with torch.no_grad():
+        sam.image_encoder.pos_embed.add_(1.0)
+    other = load_sam("tiny", seed=1).state_dict()
+    for count, change in enumerate(
+        (
+            lambda: None,  # the weights were written to above
+            lambda: sam.load_state_dict(other),
+            lambda: setattr(sam, "family", "medsam"),  # another way to normalise
+        )
+    ):
+        change()
+        expected = sam._encode(image).detach()
+        before = len(met)
+        torch.testing.assert_close(sam.encode(image), expected, atol=1e-3, rtol=1e-3)
+        sam.encode(image)
+        assert len(met) == before + 1, count
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sam.encode(image)
+    assert len(met) == before + 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_damaged_file_is_noticed_and_replaced(folder, damage, caplog):
+    sam, met = cached_sam(folder)
+    first = sam.encode(images(1))
+    (path,) = entries(folder)
+    whole = path.read_bytes()
+    assert len(whole) == ENTRY
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    harm = {"truncated": whole[:-100], "flipped": bytes(flipped), "empty": b"", "foreign": b"hello"}
+    path.write_bytes(harm[damage])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(sam.encode(images(1)), first)
+    assert len(met) == 2 and "damaged" in caplog.text and path.read_bytes() == whole
+
+
+def test_the_limit_holds_and_other_encoders_make_room(folder, caplog):
+    sam, met = cached_sam(folder, limit_gb=3.5 * ENTRY / 1e9)
+    with caplog.at_level(logging.WARNING):
+        sam.encode(images(5))
+        assert len(entries(folder)) == 3 and len(met) == 5
+        sam.encode(images(5))
+    assert len(met) == 7 and caplog.text.count("trainer.embeddings_gb") == 1
+    other, _ = cached_sam(folder, limit_gb=3.5 * ENTRY / 1e9, seed=1)
+    other.encode(images(2))
+    rooms = sorted(len(list(room.iterdir())) for room in folder.iterdir())
+    assert rooms == [1, 2] and len(list((folder / other.embeddings._encoder[1]).iterdir())) == 2
+
+
+def test_a_disk_that_is_full_costs_time_and_not_the_run(folder, monkeypatch, caplog):
+    sam, _ = cached_sam(folder)
+
+    def full(file, array):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(sam.encode(images(2)), load_sam("tiny").encode(images(2)), atol=1e-3, rtol=1e-3)
+    assert "disk" in caplog.text and not entries(folder)
+
+
+def test_what_float16_cannot_hold_is_refused(folder):
+    sam, _ = cached_sam(folder)
+    with torch.no_grad():
+        sam.image_encoder.neck[3].bias.fill_(1e6)
+    with pytest.raises(UserError, match="float16"):
+        sam.encode(images(1))
+
+
+def _encode_all(folder: Path) -> Tensor:
+    torch.set_num_threads(1)
+    sam, _ = cached_sam(folder)
+    return sam.encode(images(12)).detach()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(folder):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        found = list(processes.map(_encode_all, [folder, folder]))
+    assert torch.equal(*found) and len(entries(folder)) == 12
+    assert {path.stat().st_size for path in entries(folder)} == {ENTRY}
+
+
+def test_training_reads_what_it_wrote_and_a_warm_cache_changes_nothing(tmp_path):
+    cold, warm = tmp_path / "cold", tmp_path / "warm"
+    two_epochs = ["phase.epochs=2", "phase.batch_size=4"]
+    options = [*CACHED, "model.cache_embeddings=true", *two_epochs]
+    first = run(compose(f"output_root={cold}", *options))
+    files = entries(cold / "cache" / "embeddings")
+    assert len(files) == 20  # train 12, val 4, test 4: each once
+    shutil.copytree(cold / "cache", warm / "cache")
+    before = {path.name: path.stat().st_mtime_ns for path in entries(warm / "cache" / "embeddings")}
+    second = run(compose(f"output_root={warm}", *options))
+    assert {p.name: p.stat().st_mtime_ns for p in entries(warm / "cache" / "embeddings")} == before
+    tables = [list(csv.DictReader((directory / "metrics.csv").open())) for directory in (first, second)]
+    assert first.name == second.name
+    losses = [[row["train/loss"] for row in table] for table in tables]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    plain = run(compose(f"output_root={cold}", *CACHED, *two_epochs))
+    assert plain != first  # it rounds, so it is part of what defines the result
+    expected = [float(row["train/loss"]) for row in csv.DictReader((plain / "metrics.csv").open())]
+    assert [float(loss) for loss in losses[0]] == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("roi=on", "set roi=off"),
+        ("dataset.augment={_target_: ultrarefiner.data.augment.Augment}", "set dataset.augment=null"),
+        ("model.train.image_encoder=true", "image encoder is trained"),
+        ("model.lora.rank=2", "model.lora.rank=0"),
+    ],
+)
+def test_it_is_refused_where_it_cannot_pay(override, reason):
+    kept = [option for option in CACHED if option.partition("=")[0] != override.partition("=")[0]]
+    cfg = compose(*kept, "model.cache_embeddings=true", override)
+    with pytest.raises(UserError, match=reason):
+        build.build_phase(cfg, SamPhase, {})

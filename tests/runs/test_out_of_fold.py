@@ -1,0 +1,193 @@
+"""Real predictions in Phase 2: leak-free, reused, and part of a result's identity only where they are used."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from conftest import compose
+from data_layouts import write_busbra
+from ultrarefiner import files
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.failures.softness import Softness
+from ultrarefiner.data.folds import Split, hold_out, save_split
+from ultrarefiner.data.predictions import Predictions
+from ultrarefiner.data.readers import BusBra
+from ultrarefiner.errors import UserError
+from ultrarefiner.phases.coarse import CoarsePhase
+from ultrarefiner.phases.sam import SamPhase
+from ultrarefiner.runs import out_of_fold
+from ultrarefiner.runs import training as experiment
+from ultrarefiner.runs.build import build_data
+from ultrarefiner.runs.start import defined_by, settled
+from ultrarefiner.runs.training import run
+
+FIT = ["phase=sam", "phase.softness=fit", "phase.real_ratio=0.5", "phase.parts=2"]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_the_parts_are_the_training_cases_and_share_no_patient(parts, tmp_path):
+    reader = BusBra(write_busbra(tmp_path / "data", 40))
+    options = {"fold": 1, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32}
+    whole = DataModule(reader, cache_dir=tmp_path / "cache", **options).split
+    held: list[Case] = []
+    for part in range(parts):
+        split = DataModule(reader, cache_dir=tmp_path / "cache", without=[part, parts], **options).split
+        assert (split.val, split.test) == (whole.val, whole.test)
+        assert set(split.train) | set(split.held) == set(whole.train) and not set(split.train) & set(split.held)
+        others = {case.patient for case in (*split.train, *split.val, *split.test)}
+        assert not {case.patient for case in split.held} & others
+        malignant = [sum(case.label == "malignant" for case in cases) for cases in (split.held, whole.train)]
+        assert abs(malignant[0] - malignant[1] / parts) <= 2  # a patient has two images
+        held += split.held
+    assert sorted(held, key=lambda case: case.id) == sorted(whole.train, key=lambda case: case.id)
+    save_split(split, tmp_path / "folds.csv")
+    assert (tmp_path / "folds.csv").read_text().count("held,") == len(split.held)
+
+
+@pytest.mark.parametrize(("part", "parts"), [(2, 2), (-1, 3), (0, 1), (0, 0)])
+def test_a_part_that_is_not_there(part, parts):
+    with pytest.raises(UserError, match=r"dataset\.without="):
+        hold_out(Split((), (), ()), part, parts, {}, 0)
+
+
+def test_more_parts_than_patients():
+    cases = tuple(Case(str(i), "d", patient="one") for i in range(5))
+    with pytest.raises(UserError, match=r"phase\.parts"):
+        hold_out(Split(cases, (), ()), 0, 2, {case.key: 0 for case in cases}, 0)
+
+
+MISTAKES = {
+    "phase.softness=soft": "null, fit",
+    "phase.real_ratio=1.5": "0 to 1",
+    "phase.real_ratio=-0.1": "0 to 1",
+    "phase.parts=1": "2 or more",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+@pytest.mark.parametrize("phase", ["sam", "e2e"])
+def test_what_cannot_be_is_refused_before_anything_is_trained(override, phase, tmp_path):
+    override_here = override if phase == "sam" else override.replace("phase.", "phase.sam.")
+    with pytest.raises(UserError, match=MISTAKES[override]):
+        run(compose(f"phase={phase}", override_here, f"output_root={tmp_path}"))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="contradict"):
+        settled(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3"))
+
+
+def test_how_the_coarse_network_is_trained_counts_only_where_it_is_used():
+    plain = [settled(compose("phase=sam", f"phase.coarse.epochs={epochs}")) for epochs in (1, 2)]
+    assert plain[0] == plain[1] and plain[0].phase.coarse is None and "model.coarse" not in defined_by(plain[0])
+    for wanted in ("phase.softness=fit", "phase.real_ratio=0.1"):
+        cfg = settled(compose("phase=sam", wanted, "phase.coarse.epochs=7"))
+        assert cfg.phase.coarse.epochs == 7 and "model.coarse" in defined_by(cfg)
+    e2e = settled(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))
+    assert e2e.phase.sam.coarse.epochs == 7  # one Phase 1 for both
+
+
+def test_predictions_keep_their_logits(tmp_path):
+    stored = Predictions(tmp_path / "p")
+    logit = np.linspace(-20, 20, 64, dtype=np.float32).reshape(8, 8)
+    case = Case("../a", "d")
+    stored.save(case, logit)
+    prob = stored.load(case, 8)
+    inner = np.abs(logit) < 10
+    np.testing.assert_allclose(np.log(prob / (1 - prob))[inner], logit[inner], rtol=2e-2, atol=1e-3)
+    assert prob.dtype == np.float32 and prob.min() > 0 and [p.suffix for p in stored.folder.iterdir()] == [".npy"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Phase 2 with everything that this room adds, on phantoms; and what it was trained from."""
+    root = tmp_path_factory.mktemp("fitted")
+    seen = {}
+    original = out_of_fold.add_predictions
+
+    def spy(cfg, data, directory, run):
+        original(cfg, data, directory, run)
+        if cfg.phase.name == "sam":
+            seen.update(cfg=cfg, data=data, directory=directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "add_predictions", spy)
+        sizes = [
+            "dataset.reader.cases=60",
+            "phase.coarse.epochs=12",
+            "phase.coarse.batch_size=4",
+            f"output_root={root}",
+        ]
+        directory = run(compose(*FIT, *sizes))
+    return root, directory, seen, [*FIT, *sizes]
+
+
+@pytest.mark.slow
+def test_phase_two_learns_from_out_of_fold_predictions(fitted):
+    root, directory, seen, _ = fitted
+    inner = [json.loads(path.read_text()) for path in root.glob("phantom/tiny/coarse/*/summary.json")]
+    assert sorted(summary["config"]["dataset"]["without"] for summary in inner) == [[0, 2], [1, 2]]
+    assert all(summary["title"].endswith("of 2") and "without part" in summary["title"] for summary in inner)
+    data = seen["data"]
+    files = list((directory / "predictions").iterdir())
+    assert len(files) == len(data.split.train) and data.predictions.ratio == 0.5
+    softness = data.simulator.softness
+    assert isinstance(softness, Softness) and softness != Softness()
+    assert all(math.isfinite(value) for value in vars(softness).values())
+
+
+@pytest.mark.slow
+def test_each_prediction_is_of_the_network_that_did_not_see_the_case(fitted):
+    root, directory, seen, _ = fitted
+    stored = Predictions(directory / "predictions")
+    matched = 0
+    for summary in root.glob("phantom/tiny/coarse/*/summary.json"):
+        cfg = OmegaConf.create(json.loads(summary.read_text())["config"])
+        data = build_data(cfg, CoarsePhase)
+        trained = {case.key for case in (*data.split.train, *data.split.val)}
+        network = out_of_fold.build_phase(cfg, CoarsePhase, {})
+        weights = files.load(summary.parent / "checkpoints" / "best.ckpt")["state_dict"]
+        network.load_state_dict(weights)
+        network.eval()
+        items = data.dataset("held")
+        for index, case in enumerate(data.split.held):
+            assert case.key not in trained
+            with torch.inference_mode():
+                logit = network.masks({"coarse_image": items[index]["coarse_image"][None]})["coarse"]
+            prob = logit.sigmoid()[0, 0].numpy()
+            np.testing.assert_allclose(stored.load(case, prob.shape[0]), prob, atol=5e-3)
+            matched += 1
+    assert matched == len(seen["data"].split.train)
+
+
+@pytest.mark.slow
+def test_real_and_simulated_masks_are_mixed_in_training_only(fitted):
+    data = fitted[2]["data"]
+    stored = data.predictions
+    items = data.dataset("train")
+    real = 0
+    for index, case in enumerate(data.split.train):
+        prob = items[(0, index)]["prob"][0].numpy()
+        real += np.array_equal(prob, stored.load(case, prob.shape[0]))
+    assert 0 < real < len(items)
+    for part in ("val", "test"):
+        data.dataset(part)[0]  # no prediction is there for it, and none is asked for
+
+
+@pytest.mark.slow
+def test_predictions_are_reused(fitted, monkeypatch, capsys):
+    _, directory, _, arguments = fitted
+    (directory / "summary.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (directory / "predictions").iterdir()}
+    monkeypatch.setattr(out_of_fold, "build_phase", lambda *_: pytest.fail("built"))
+    assert run(compose(*arguments)) == directory
+    assert {path: path.stat().st_mtime_ns for path in (directory / "predictions").iterdir()} == before
+    assert SamPhase.simulated
+
+
+def test_require_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"phase=coarse.* 'dataset.without=\[0,2\]'"):
+        run(compose(*FIT, f"output_root={tmp_path}", "upstream=require"))

@@ -1,0 +1,201 @@
+"""Killed at any moment and started again with the same command: the same result, to the last bit."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import compose
+from ultrarefiner import files
+from ultrarefiner.runs import checkpoints
+
+KILLS = 20
+KILLS_A_RUN = 4
+SETTINGS = [
+    "dataset.reader.cases=12",
+    "model.schedule.coarse.epochs=6",
+    "model.schedule.sam.epochs=4",
+    "model.schedule.e2e.epochs=4",
+    *(f"model.schedule.{phase}.batch_size=2" for phase in ("coarse", "sam", "e2e")),
+    "protection.freeze_epochs=1",
+    "protection.guard=0.01",
+]
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["ultrarefiner.runs.training", "ultrarefiner.data.phantom", "conftest"])
+
+
+def train(arguments: list[str]) -> None:
+    """The whole of a command, in a process that may be killed."""
+    from ultrarefiner.runs.training import run
+
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run(compose(*SETTINGS, *arguments))
+
+
+def train_until(moment: str, number: signal.Signals, arguments: list[str]) -> None:
+    """The same, and at a moment of the second epoch a signal: before step N, or "validation"."""
+    import pytorch_lightning as pl
+
+    from ultrarefiner.runs import tracking
+
+    class Tell(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and moment == str(batch_idx):
+                os.kill(os.getpid(), number)
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if trainer.current_epoch == 1 and moment == "validation":
+                os.kill(os.getpid(), number)
+
+    def leave(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(number, leave)  # what the command line does
+    whole = tracking.callbacks
+    tracking.callbacks = lambda *args: [*whole(*args), Tell()]
+    with contextlib.suppress(KeyboardInterrupt):
+        train(arguments)
+        os._exit(0)
+    os._exit(3)
+
+
+def start(*arguments: str, target=train, first=()):
+    process = server.Process(target=target, args=(*first, list(arguments)))
+    process.start()
+    return process
+
+
+def finish(*arguments: str, status: int = 0, **how) -> None:
+    process = start(*arguments, **how)
+    process.join(120)
+    assert process.exitcode == status
+
+
+def result(root: Path, phase: str) -> Path:
+    (summary,) = root.glob(f"phantom/tiny/{phase}*/*/summary.json")
+    return summary.parent
+
+
+def assert_same(one, other, where: str) -> None:
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other or one != one, where
+
+
+def assert_same_result(root: Path, whole: Path, phase: str) -> None:
+    resumed, plain = result(root, phase), result(whole, phase)
+    for name in (checkpoints.LAST, checkpoints.BEST):
+        one, other = (files.load(folder / "checkpoints" / name) for folder in (resumed, plain))
+        # Lightning notes there how often it was started again; no number of the training depends on it.
+        assert_same(one.pop("loops", None) and None, other.pop("loops", None) and None, "loops")
+        assert_same(one, other, name)
+    for name in ("metrics.csv", "cases.csv", "folds.csv"):
+        assert (resumed / name).read_bytes() == (plain / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["coarse", "sam", "e2e"])
+def test_killed_at_random_moments_the_result_is_the_same_to_the_bit(tmp_path, phase):
+    """Weights, optimiser state, metrics and the measured cases; the moments fall into steps, validation and writing.
+
+    Half of the trainings save after every step.
+    """
+    # What is not to be killed is there before: the images, and for Phase 3 the earlier phases.
+    before, whole = tmp_path / "before", tmp_path / "whole"
+    for earlier in {"e2e": ("coarse", "sam")}.get(phase, ()):
+        finish(f"phase={earlier}", f"output_root={before}")
+    before.mkdir(exist_ok=True)
+    shutil.copytree(before, whole)
+    began = time.monotonic()
+    finish(f"phase={phase}", f"output_root={whole}")
+    lasts = time.monotonic() - began
+    draw = random.Random(phase)
+
+    kills = 0
+    for attempt in range(10 * KILLS):
+        root = tmp_path / f"killed{attempt}"
+        shutil.copytree(before, root)
+        saved = f"trainer.save_minutes={attempt % 2 * 15}"
+        for _ in range(KILLS_A_RUN):
+            process = start(f"phase={phase}", f"output_root={root}", saved)
+            process.join(draw.uniform(0.1, 1) * lasts)
+            if process.exitcode is None:
+                kills += 1
+            process.kill()
+            process.join()
+        finish(f"phase={phase}", f"output_root={root}")
+        assert_same_result(root, whole, phase)
+        if kills >= KILLS:
+            return
+        shutil.rmtree(root)
+    pytest.fail(f"only {kills} of {KILLS} kills hit a run that was not over")
+
+
+@pytest.mark.parametrize(
+    ("moment", "steps", "options"),
+    [
+        ("0", 1, []),
+        ("2", 3, []),
+        ("2", 3, ["phase.ema_decay=0.5", "trainer.num_workers=2"]),
+        ("0", 2, ["trainer.accumulate=2"]),  # gradients that were not applied yet are in no checkpoint
+        ("3", 0, ["trainer.num_workers=2"]),  # the last one: the validation follows, and is left
+        ("validation", 0, []),
+    ],
+)
+def test_a_signal_saves_the_step_it_fell_into(tmp_path, moment, steps, options):
+    """Without a save in the time before; and the same command ends with the same result, to the bit."""
+    settings = ["phase=coarse", "phase.epochs=3", *options]
+    finish(*settings, f"output_root={tmp_path / 'whole'}")
+    root = tmp_path / "asked"
+    number = signal.SIGTERM if options else signal.SIGINT
+    finish(*settings, f"output_root={root}", target=train_until, first=(moment, number), status=3)
+    (last,) = root.glob("phantom/tiny/*/*/checkpoints/last.ckpt")
+    content = files.load(last)
+    assert content["epoch"] == (1 if steps else 0)
+    assert content.get("inside_epoch", {"steps_done": 0})["steps_done"] == steps
+    finish(*settings, f"output_root={root}")
+    assert_same_result(root, tmp_path / "whole", "coarse")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number):
+    """With a sentence instead of a stack trace."""
+    import subprocess
+    import sys
+
+    from conftest import MICRO
+
+    command = [sys.executable, "-m", "ultrarefiner.train", *MICRO, "phase=coarse", f"output_root={tmp_path}"]
+    command += ["phase.epochs=200"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    last = "phantom/tiny/coarse*/*/checkpoints/last.ckpt"
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob(last)):
+        assert time.monotonic() < until and running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(number)
+    asked = time.monotonic()
+    _, err = running.communicate(timeout=60)
+    assert time.monotonic() - asked < 20
+    assert running.returncode == 128 + number
+    assert "the same command continues" in err and "Traceback" not in err
+    (path,) = tmp_path.glob(last)
+    assert files.load(path)["epoch"] >= 0

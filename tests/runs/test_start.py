@@ -1,0 +1,227 @@
+"""Checkpoints that a user brings: the published pair through Phase 3, LoRA from phase to phase, and bad files."""
+
+import gc
+import json
+import math
+import resource
+
+import pytest
+import torch
+from segment_anything import sam_model_registry
+from transunet_reference import published_shapes
+
+from conftest import MICRO, compose
+from ultrarefiner import files
+from ultrarefiner.models.lora import add_lora
+from ultrarefiner.models.sam import load_sam
+from ultrarefiner.models.sam_lite import lite_weights
+from ultrarefiner.models.transunet import TransUNet
+from ultrarefiner.runs import checkpoints
+from ultrarefiner.runs.training import run
+
+
+class Killed(Exception):
+    """Stands for a machine that goes down."""
+
+
+@pytest.mark.slow
+def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp_path, monkeypatch):
+    """Random weights in files laid out like TransUNet's and Meta's; 512 px frames, SAM at 1024 px, within 8 GB."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = {
+        name: torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        if len(shape) > 1
+        else torch.rand(shape, generator=generator) + (0.5 if name.endswith("weight") or "running_var" in name else 0)
+        for name, shape in published_shapes(768, 12, 3072, tokens=14**2, units=(3, 4, 9)).items()
+    }
+    torch.save(coarse, tmp_path / "transunet.pth")
+    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "sam.pth")
+    settings = [
+        "model=base",
+        f"output_root={tmp_path}/out",
+        f"phase.coarse_checkpoint={tmp_path}/transunet.pth",
+        f"phase.sam_checkpoint={tmp_path}/sam.pth",
+        "phase.epochs=2",
+        "phase.batch_size=1",
+        "model.gradient=frozen",
+        "protection.freeze_epochs=0",
+        "dataset.reader.cases=20",
+        "dataset.reader.size=128",
+        "dataset.limit.train=1",
+        "dataset.limit.val=1",
+        "dataset.limit.test=1",
+        "trainer.progress_bar=false",
+    ]
+    original = checkpoints.KeepCheckpoints.on_train_epoch_end
+
+    def kill_after_first(self, trainer, phase):
+        original(self, trainer, phase)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.KeepCheckpoints, "on_train_epoch_end", kill_after_first)
+        with pytest.raises(Killed):
+            run(compose(*settings, micro=False))
+    gc.collect()  # the killed run's networks hang on its stack frames
+    directory = run(compose(*settings, micro=False))
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["epochs"] == 2 and set(summary["test"]) == {"coarse", "refined"}
+    last = files.load(directory / "checkpoints" / checkpoints.LAST)
+    assert last["epoch"] == 1 and last["global_step"] == 4  # a patient has two views
+    moved = last["state_dict"]
+    assert not torch.equal(moved["cascade.coarse.segmentation_head.0.weight"], coarse["segmentation_head.0.weight"])
+    sam_model_registry["vit_b"](checkpoint=str(directory / "checkpoints" / "best_sam.pth"))
+    TransUNet.from_name("R50-ViT-B_16").load_official(directory / "checkpoints" / "best_coarse.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 8 * 2**20  # kB
+
+
+LORA = ["model.train.image_encoder=false", "model.lora.rank=2", "model.lora.blocks=2"]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The directory of a Phase 2 run with LoRA."""
+    root = tmp_path_factory.mktemp("adapted")
+    return run(compose("phase=sam", f"output_root={root}", "dataset.limit.val=2", "dataset.limit.test=2", *LORA))
+
+
+def test_lora_trains_and_its_file_is_a_plain_one(adapted):
+    trained = files.load(adapted / "checkpoints" / checkpoints.BEST)["state_dict"]
+    names = [name for name in trained if "lora_up" in name]
+    assert len(names) == 4 and all(trained[name].abs().sum() > 0 for name in names)
+    plain = load_sam("tiny", adapted / "checkpoints" / "best_sam.pth")  # strict
+    sam = load_sam("tiny")
+    start = sam.state_dict()["image_encoder.blocks.0.attn.qkv.weight"].clone()
+    add_lora(sam, rank=2, alpha=4.0, blocks=2)
+    prefix = "cascade.refiner.sam."
+    sam.load_state_dict({k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)})
+    image = torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain.encode(image), sam.encode(image), atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain.state_dict()["image_encoder.blocks.0.attn.qkv.weight"], start)  # the encoder is frozen
+
+
+def test_phase_three_continues_the_lora_of_phase_two(adapted):
+    root = adapted.parents[3]
+    settings = [f"output_root={root}", "dataset.limit.val=2", "dataset.limit.test=2", *LORA]
+    short = ["model.schedule.coarse.epochs=1", "model.schedule.e2e.epochs=1", "phase.coarse_lr=0", "phase.sam_lr=0"]
+    e2e = run(compose(*settings, *short))
+    assert len(list(root.glob("phantom/tiny/sam*/*"))) == 1  # the run that was there
+    trained = files.load(adapted / "checkpoints" / checkpoints.BEST)["state_dict"]
+    state = files.load(e2e / "checkpoints" / checkpoints.BEST)["state_dict"]
+    for name, value in trained.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_lora_terms_fit_their_own_settings_and_merged_weights_fit_any(adapted, command, tmp_path):
+    arguments = [*MICRO, f"output_root={tmp_path}", "upstream=require", "model.lora.rank=3"]
+    done = command(*arguments, f"phase.sam_checkpoint={adapted}/checkpoints/best.ckpt")
+    assert done.status == 1 and "model.lora.rank=2 (here 3)" in done.err
+    done = command(*arguments, f"phase.sam_checkpoint={adapted}/checkpoints/best_sam.pth")
+    assert done.status == 1 and "phase=coarse" in done.err and "other settings" not in done.err
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def _sam(change):
+    """A tiny SAM's file with something done to it."""
+
+    def write(path):
+        state = load_sam("tiny").state_dict()
+        torch.save(change(state) or state, path)
+
+    return write
+
+
+def _coarse(change):
+    def write(path):
+        state = TransUNet.from_name("tiny", 64).state_dict()
+        torch.save(change(state) or state, path)
+
+    return write
+
+
+def _cut(write):
+    def cut(path):
+        write(path)
+        path.write_bytes(path.read_bytes()[:-5000])
+
+    return cut
+
+
+def _spoil(state):
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    state[name] = torch.full_like(state[name], torch.nan)
+
+
+def _nothing(state):
+    return None
+
+
+BAD = {
+    "another SAM": ("phase.sam_checkpoint", lambda p: p.symlink_to(lite_weights()), "of litemedsam, not of tiny"),
+    "TransUNet for SAM": ("phase.sam_checkpoint", _coarse(_nothing), "of none of the known families"),
+    "SAM for TransUNet": ("phase.coarse_checkpoint", _sam(_nothing), "missing"),
+    "another TransUNet": (
+        "phase.coarse_checkpoint",
+        lambda p: torch.save(TransUNet.from_name("lite", 64).state_dict(), p),
+        "missing",
+    ),
+    "truncated SAM": ("phase.sam_checkpoint", _cut(_sam(_nothing)), "truncated or damaged"),
+    "truncated TransUNet": ("phase.coarse_checkpoint", _cut(_coarse(_nothing)), "truncated or damaged"),
+    "truncated npz": ("model.coarse_weights", lambda p: p.write_bytes(b"PK\3\4 cut"), "truncated"),
+    "NaN in SAM": ("phase.sam_checkpoint", _sam(_spoil), "NaN or infinite weights in"),
+    "NaN in TransUNet": ("phase.coarse_checkpoint", _coarse(_spoil), "NaN or infinite weights in"),
+    "image for SAM": ("phase.sam_checkpoint", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "own.pth"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_one_sentence(what, command, tmp_path):
+    key, write, message = BAD[what]
+    path = tmp_path / ("own.npz" if "npz" in what else "own.pth")
+    write(path)
+    done = command(*MICRO, f"output_root={tmp_path}/out", f"{key}={path}")
+    _one_sentence(done, message, path.name)
+    assert not list((tmp_path / "out").rglob("config.yaml"))
+
+
+def test_nan_in_a_checkpoint_of_ours_is_one_sentence(finished_runs, command, tmp_path):
+    whole = next(finished_runs.glob("phantom/tiny/sam*/*/checkpoints/best.ckpt"))
+    content = files.load(whole)
+    _spoil(content["state_dict"])
+    torch.save(content, tmp_path / "best.ckpt")
+    done = command(*MICRO, f"output_root={tmp_path}/out", f"phase.sam_checkpoint={tmp_path}/best.ckpt")
+    _one_sentence(done, "NaN or infinite weights in", "best.ckpt")
+
+
+SENSELESS = {
+    "size and patch": (["model.coarse_size=60"], "image_size=60 is not a multiple of the patch size 8"),
+    "more blocks than there are": (["model.lora.rank=2", "model.lora.blocks=9"], "lora blocks=9"),
+    "a block that is not there": (["model.lora.rank=2", "model.lora.blocks=[1,4]"], "4 is none of the 4 blocks"),
+    "blocks as text": (["model.lora.rank=2", "model.lora.blocks=last"], "lora blocks=last"),
+    "negative rank": (["model.lora.rank=-1"], "lora rank=-1"),
+    "unknown layer": (["model.lora.rank=2", "model.lora.targets=[mlp]"], "some of qkv, proj"),
+    "unknown part": (["model.train.decoder=true"], "model.train.decoder"),
+    "nothing to train": (
+        [f"model.train.{part}=false" for part in ("image_encoder", "prompt_encoder", "mask_decoder")] + ["phase=sam"],
+        "nothing to train",
+    ),
+    "unknown gradient": (["model.gradient=half"], "gradient"),
+}
+
+
+@pytest.mark.parametrize("what", SENSELESS)
+def test_a_senseless_setting_is_one_sentence(what, command, tmp_path):
+    arguments, message = SENSELESS[what]
+    done = command(*MICRO, f"output_root={tmp_path}/out", *arguments)
+    _one_sentence(done, message)
+    assert not list((tmp_path / "out").rglob("config.yaml"))
+
+
+def _one_sentence(done, *words):
+    lines = [line for line in done.err.splitlines() if line.strip()]
+    assert done.status == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.err
+    for word in words:
+        assert word in lines[0]

@@ -1,0 +1,1 @@
+"""What came out of a run, from plain data: metrics, statistics, tables and pictures."""
