@@ -64,6 +64,16 @@ class PromptDefaults:
 
 
 @dataclass
+class RoiDefaults:
+    """What a model is best shown of a lesion; `roi=on` takes it from here."""
+
+    expand_ratio: float = 0.5
+    """Growth of the lesion's box on every side, of its own size."""
+    square: bool = True
+    """Show a square of native pixels; false stretches the lesion's own box to a square."""
+
+
+@dataclass
 class TrainedParts:
     """Which parts of SAM Phases 2 and 3 move; LoRA terms always do."""
 
@@ -93,6 +103,8 @@ class ModelConfig:
     """Side of the frame that crops are taken from, px."""
     coarse_size: int = 224
     """Side of the coarse network's input and output, px."""
+    frame: str = "pad"
+    """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
     coarse: dict[str, Any] = MISSING
     coarse_weights: str | None = None
     """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
@@ -107,6 +119,7 @@ class ModelConfig:
     """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
     roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
     selection_temperature: float = 0.1
+    roi: RoiDefaults = field(default_factory=RoiDefaults)
     prompts: PromptDefaults = field(default_factory=PromptDefaults)
     schedule: Schedules = field(default_factory=Schedules)
 
@@ -132,9 +145,11 @@ class LesionRoiConfig:
 
     name: str = "on"
     _target_: str = "ultrarefiner.refine.roi.LesionRoi"
-    expand_ratio: float = 0.2
+    expand_ratio: float = MISSING
     k: float = 2.5
     min_size: float = 0.1
+    square: bool = MISSING
+    temperature: float = MISSING
 
 
 @dataclass
@@ -142,7 +157,8 @@ class FullFrameConfig:
     """roi=off: SAM looks at the whole frame."""
 
     name: str = "off"
-    _target_: str = "ultrarefiner.refine.roi.FullFrame"
+    _target_: str = "ultrarefiner.refine.roi.FullFrame.of"
+    frame: str = MISSING
 
 
 @dataclass
