@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from busbra_cases import Example, examples
 from hydra import compose, initialize_config_dir
+from real_cases import Example, examples
 from torch import Tensor
 
 from ultrarefiner import cli, config
@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gradients, forward, backward, changes = [], [], [], []
 
     def refined_loss(case: Example, logit: Tensor) -> Tensor:
-        logits = cascade.refine(case.image, logit).logits
+        logits = cascade.refine(case.image, logit, aspect=case.aspect).logits
         return losses.bce(logits, case.mask) + losses.soft_dice_loss(logits.sigmoid(), case.mask)
 
     cases = examples(options.data_root, options.cases)

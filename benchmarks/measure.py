@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from ultrarefiner import cli, config
@@ -26,6 +27,7 @@ Figures = dict[str, Any]
 def configuration(*overrides: str) -> DictConfig:
     """What `python -m ultrarefiner.train` would compose."""
     config.register()
+    Plugins.instance().register(cli.ExperimentsPath)
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         return compose("train", list(overrides))
 
