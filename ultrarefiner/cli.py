@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config
+from ultrarefiner import config, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -54,6 +54,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
 
     def guarded(cfg: DictConfig) -> object:
         try:
+            settings.check(cfg)
             return task(cfg)
         except UserError as error:
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.

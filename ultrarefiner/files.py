@@ -4,6 +4,7 @@ Torch is imported where it is used: the commands and the sweep's summary need th
 """
 
 import contextlib
+import hashlib
 import os
 import pickle
 import re
@@ -70,6 +71,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 _DISK_FULL = re.compile("write|unexpected pos")
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load(path: str | Path) -> Any:

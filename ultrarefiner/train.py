@@ -1,6 +1,6 @@
 """The entrypoint: `python -m ultrarefiner.train phase=e2e roi=on fold=0`.
 
-Composes one experiment from conf/, then hands it to `experiment.run`, which checks, builds and trains it. Whatever
+Composes one experiment from conf/, then hands it to `runs.experiment.run`, which plans, checks and trains it. Whatever
 needs torch is imported there, so that `--help`, `--cfg job` and completion are quick.
 """
 
@@ -54,8 +54,8 @@ def help_text() -> str:
 
 
 def _train(cfg: DictConfig) -> str:
+    from ultrarefiner.runs.experiment import run
     from ultrarefiner.runs.launch import processes
-    from ultrarefiner.runs.training import run
 
     with processes(cfg):
         return str(run(cfg))

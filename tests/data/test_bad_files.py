@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder, write_table
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.store import Store
 from ultrarefiner.data.inspect import inspect_dataset
 from ultrarefiner.data.readers import BusBra, Busi, BusUclm, Combined, Folder
 from ultrarefiner.errors import UserError
@@ -23,7 +24,7 @@ COUNT = 8  # good cases beside the bad one
 def load_everything(reader, tmp_path: Path, **options) -> DataModule:
     """What training does with a data set, from the search for files to the last batch."""
     options = {"fold": 0, "folds": 2, "seed": 0, "batch_size": 3, "image_size": 32, "coarse_size": 16, **options}
-    data = DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    data = DataModule(Store(reader, tmp_path / "cache"), **options)
     data.prepare_data()
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         for batch in loader:

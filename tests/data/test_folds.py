@@ -11,6 +11,7 @@ import pytest
 from data_layouts import SHARED, disc, needs_busbra, needs_busi, save, texture, write_busbra, write_busi, write_folder
 from ultrarefiner.data.cases import PARTS, Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.store import Store
 from ultrarefiner.data.duplicates import components, near_duplicates, signature
 from ultrarefiner.data.folds import Limits, Split, leaks, limit_split, make_split, save_split
 from ultrarefiner.data.images import load_image
@@ -24,7 +25,7 @@ def ids(split: Split, part: str) -> set[str]:
 
 def module(reader, tmp_path, **options) -> DataModule:
     options = {"fold": 0, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32, **options}
-    return DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    return DataModule(Store(reader, tmp_path / "cache"), **options)
 
 
 @cache

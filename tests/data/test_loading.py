@@ -14,6 +14,7 @@ from ultrarefiner.data.augment import Augment, Change
 from ultrarefiner.data.cache import Frames, open_cache
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.store import Store
 from ultrarefiner.data.dataset import EpochSampler, failure_seed
 from ultrarefiner.data.failures import BINS, FailureSimulator
 from ultrarefiner.data.folds import Limits
@@ -33,7 +34,7 @@ def simulator(mask: np.ndarray, seed: int) -> np.ndarray:
 def module(tmp_path, reader=None, **options) -> DataModule:
     reader = reader or BusBra(write_busbra(tmp_path / "data"))
     options = {"fold": 0, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32, **options}
-    return DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    return DataModule(Store(reader, tmp_path / "cache"), **options)
 
 
 def stream(loader, epoch: int) -> list[tuple]:
@@ -421,7 +422,7 @@ def test_describe(tmp_path):
     assert not any(case.label == "normal" for case in data.split.train)
     kept = module(tmp_path, data.reader, folds=3, include_normal=True)
     assert sum(kept.describe()[part]["cases"] for part in ("train", "val", "test")) == 18
-    assert json.dumps(facts) and kept.fingerprint() == data.fingerprint()
+    assert json.dumps(facts) and kept.store.fingerprint == data.store.fingerprint
 
 
 def test_limits_shorten_the_loaders(tmp_path):
@@ -473,7 +474,7 @@ def test_memory_does_not_grow_over_epochs(tmp_path):
     import resource
 
     data = DataModule(
-        BusBra(SHARED), fold=0, seed=0, batch_size=24, cache_dir=tmp_path, augment=Augment(), limit={"train": 48}
+        Store(BusBra(SHARED), tmp_path), fold=0, seed=0, batch_size=24, augment=Augment(), limit={"train": 48}
     )
     loader = data.train_dataloader()
     peaks = []

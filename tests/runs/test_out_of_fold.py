@@ -13,6 +13,7 @@ from data_layouts import write_busbra
 from ultrarefiner import files
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.store import Store
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.folds import Split, hold_out, save_split
 from ultrarefiner.data.predictions import Predictions
@@ -33,10 +34,10 @@ FIT = ["phase=sam", "phase.softness=fit", "phase.real_ratio=0.5", "phase.parts=2
 def test_the_parts_are_the_training_cases_and_share_no_patient(parts, tmp_path):
     reader = BusBra(write_busbra(tmp_path / "data", 40))
     options = {"fold": 1, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32}
-    whole = DataModule(reader, cache_dir=tmp_path / "cache", **options).split
+    whole = DataModule(Store(reader, tmp_path / "cache"), **options).split
     held: list[Case] = []
     for part in range(parts):
-        split = DataModule(reader, cache_dir=tmp_path / "cache", without=[part, parts], **options).split
+        split = DataModule(Store(reader, tmp_path / "cache"), without=[part, parts], **options).split
         assert (split.val, split.test) == (whole.val, whole.test)
         assert set(split.train) | set(split.held) == set(whole.train) and not set(split.train) & set(split.held)
         others = {case.patient for case in (*split.train, *split.val, *split.test)}

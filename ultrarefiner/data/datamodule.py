@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,13 +11,13 @@ from torch.utils.data import DataLoader
 from ultrarefiner import ranks
 from ultrarefiner.data import folds as partition
 from ultrarefiner.data.augment import Augment
-from ultrarefiner.data.cache import Frames, open_cache
+from ultrarefiner.data.cache import Frames
 from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
-from ultrarefiner.data.index import Index, fingerprint
+from ultrarefiner.data.index import Index
 from ultrarefiner.data.predictions import Predictions
-from ultrarefiner.data.readers import Reader
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 
@@ -28,7 +27,7 @@ class DataModule(pl.LightningDataModule):
     Build the Trainer with ``use_distributed_sampler=False``: the samplers here know the processes themselves.
 
     Args:
-        reader: the data set.
+        store: the data set.
         fold, folds, test_fraction: see `folds.make_split`.
         seed: of order, augmentation and simulation.
         split_seed: of the partition and of what a limit takes: runs that differ in `seed` are tested on the same cases.
@@ -40,7 +39,6 @@ class DataModule(pl.LightningDataModule):
         predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
-        cache_dir: where decoded frames are kept.
         limit: the most cases of each part, for short runs.
         without: [part, parts] leaves one of several parts out of the training cases, see `folds.hold_out`.
         include_normal: keep images without a lesion; else they are left out and counted.
@@ -48,12 +46,11 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        reader: Reader,
+        store: Store,
         *,
         fold: int,
         seed: int,
         batch_size: int,
-        cache_dir: str | Path,
         folds: int = 5,
         image_size: int = 512,
         coarse_size: int = 224,
@@ -71,7 +68,7 @@ class DataModule(pl.LightningDataModule):
         without: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.reader = reader
+        self.store, self.reader = store, store.reader
         self.fold, self.folds, self.test_fraction = fold, folds, test_fraction
         self.seed, self.split_seed = seed, split_seed
         self.image_size, self.coarse_size = image_size, coarse_size
@@ -82,7 +79,6 @@ class DataModule(pl.LightningDataModule):
         if masks_per_image < 1:
             raise UserError(f"phase.masks_per_image={masks_per_image} leaves nothing to refine: give 1 or more.")
         self.masks_per_image = masks_per_image
-        self.cache_dir = Path(cache_dir)
         self.limit = limit
         if without is not None and len(without) != 2:
             raise UserError(f"dataset.without={list(without)} is no part: give [part, parts].")
@@ -154,14 +150,6 @@ class DataModule(pl.LightningDataModule):
             "left_out": [f"{exclusion.what}: {exclusion.reason}" for exclusion in self.left_out],
         }
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.reader, self.reader.cases())
-
-    def fingerprint(self) -> str:
-        """What identifies the data set's content, wherever it lies (see `index.fingerprint`)."""
-        return self._fingerprint
-
     def train_dataloader(self) -> DataLoader:
         data = self.dataset("train", augment=self.augment)
         return self._loader(data, self.batch_size, shuffle=True)
@@ -201,8 +189,8 @@ class DataModule(pl.LightningDataModule):
 
     @cached_property
     def _opened(self) -> tuple[Index, dict[int, Frames]]:
-        partition.check_fold(self.reader.cases(), self.fold, self.folds)
-        return open_cache(self.reader, (self.coarse_size, self.image_size), self.cache_dir, self._fingerprint)
+        partition.check_fold(self.store.cases, self.fold, self.folds)
+        return self.store.open((self.coarse_size, self.image_size))
 
     @cached_property
     def _usable(self) -> tuple[list[Case], Index]:
@@ -213,13 +201,13 @@ class DataModule(pl.LightningDataModule):
             for position, entry in enumerate(index.entries)
             if not entry.fault and (entry.lesion_px or self.include_normal)
         ]
-        cases = self.reader.cases()
+        cases = self.store.cases
         return [cases[position] for position in kept], index.select(kept)
 
     @cached_property
     def _source(self) -> Source:
         frames = self._opened[1]
-        positions = {case.key: position for position, case in enumerate(self.reader.cases())}
+        positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
         return Source(self.reader, positions, frames[self.coarse_size], full)
 

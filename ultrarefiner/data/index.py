@@ -13,6 +13,7 @@ from ultrarefiner.data.cases import Case
 from ultrarefiner.data.images import MIN_SIDE
 from ultrarefiner.data.readers import Reader
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import sha256
 
 VERSION = 1  # raised when the meaning of an index or a cache changes: older ones are then built anew
 _WHOLE = 1 << 20  # bytes: up to this size a file is hashed whole for the fingerprint, else in 16 samples
@@ -96,7 +97,7 @@ def read_entry(reader: Reader, case: Case) -> tuple[Entry, np.ndarray, np.ndarra
         UserError: as `Reader.read`.
     """
     image, mask = reader.read(case)
-    hashes = [_sha256(path) for path in case.files]
+    hashes = [sha256(path) for path in case.files]
     own = hashes[0] if case.image is not None else hashlib.sha256(image.tobytes()).hexdigest()
     masks = tuple(hashes[1:] if case.image is not None else hashes)
     entry = Entry(
@@ -146,18 +147,6 @@ def _fault(image: np.ndarray, mask: np.ndarray) -> str:
     if mask.all():
         return "the mask covers the whole image"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    total = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(_WHOLE):
-        total.update(block)
-    return total.hexdigest()
 
 
 def _sample(path: Path) -> bytes:

@@ -41,7 +41,8 @@ def summary(directory: Path, finished_before: bool) -> None:
     table.add_column("mask")
     for _, header, _ in COLUMNS:
         table.add_column(header, justify="right")
-    scores = {"baseline (Phase 1)": (content["baseline"] or {}).get("test", {}), **content["test"]}
+    before = (content["baseline"] or {}).get("test", {})
+    scores = {"coarse (Phase 1)": before.get("coarse"), "refined (Phase 2)": before.get("refined"), **content["test"]}
     for name, values in scores.items():
         if values:
             table.add_row(name, *(format(values[key], style) for key, _, style in COLUMNS))

@@ -17,6 +17,12 @@ log = logging.getLogger(__name__)
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
+def best_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights that a finished run chose."""
+    state: dict[str, torch.Tensor] = load(directory / "checkpoints" / BEST)["state_dict"]
+    return state
+
+
 def resume_point(folder: Path) -> Path | None:
     """The newest readable checkpoint to continue from; a damaged one is named and the previous one taken."""
     for path in (folder / LAST, folder / PREVIOUS):

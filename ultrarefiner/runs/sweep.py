@@ -31,7 +31,7 @@ from ultrarefiner.runs import jobs
 
 OVER_RUNS = ("fold", "seed")
 """What runs of one setting differ in."""
-MASKS = ("baseline", "coarse", "refined")
+MASKS = ("baseline_coarse", "baseline_refined", "coarse", "refined")
 METRICS = ("dice", "iou", "hd95", "assd")
 WIDTH = 120
 
@@ -74,7 +74,8 @@ class Job:
         """mask -> metric -> mean over the cases of "val" or "test"."""
         if not self.summary:
             return {}
-        found = {"baseline": (self.summary["baseline"] or {}).get(part, {}), **self.summary[part]}
+        before = (self.summary["baseline"] or {}).get(part, {})
+        found = {**{f"baseline_{mask}": values for mask, values in before.items()}, **self.summary[part]}
         return {mask: found[mask] for mask in MASKS if found.get(mask)}
 
 

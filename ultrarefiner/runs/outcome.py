@@ -1,0 +1,143 @@
+"""What a run leaves behind beside its checkpoints: networks to use elsewhere, tables, pictures and a summary."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+
+from ultrarefiner.data.dataset import collate
+from ultrarefiner.files import save, write_atomically
+from ultrarefiner.models.lora import merge_lora
+from ultrarefiner.phases.phase import Phase
+from ultrarefiner.results import pictures
+from ultrarefiner.results.evaluation import MASKS, Rows, native_masks
+from ultrarefiner.results.metrics import mean_scores
+from ultrarefiner.runs import checkpoints, provenance, tracking
+from ultrarefiner.runs.build import plain
+from ultrarefiner.runs.plan import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that is known when a run has been measured.
+
+    Attributes:
+        run: what was run.
+        phase: with its best weights.
+        results: the rows of `evaluate` for "val" and "test".
+        baseline: the same before training, in a phase that is compared with them; else empty.
+        steps: the first and the last step, counted from the first phase that it builds on.
+        best_epoch: the one whose weights were kept, from 0.
+        epochs: how many there were.
+    """
+
+    run: Run
+    phase: Phase
+    results: dict[str, Rows]
+    baseline: dict[str, Rows]
+    steps: tuple[int, int]
+    best_epoch: int
+    epochs: int
+
+    def write(self, loggers: list[Logger], step: int) -> None:
+        """Write everything but the summary, and give the loggers what they take; `step` is counted in this phase."""
+        folder = self.run.directory / "checkpoints"
+        _save_networks(self.phase, folder)
+        _write_cases(self.run, self.results["test"], self.baseline.get("test"))
+        tracking.log_pictures(loggers, self._draw(), step)
+        tracking.log_checkpoint(loggers, folder / checkpoints.BEST, self.run.title)
+        for logger in loggers:
+            logger.log_metrics(_flat_scores(self.summary), step)
+
+    def finish(self) -> None:
+        """Write the summary, the last of all: a directory with a summary is a finished run."""
+        write_atomically(self.run.directory / "summary.json", json.dumps(self.summary, indent=2).encode())
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What was measured, on what, with what."""
+        return {
+            "title": self.run.title,
+            "baseline": {part: _scores(rows) for part, rows in self.baseline.items()} or None,
+            **{part: _scores(rows) for part, rows in self.results.items()},
+            "best_epoch": self.best_epoch,
+            "epochs": self.epochs,
+            "first_step": self.steps[0],
+            "last_step": self.steps[1],
+            "data": self.run.data.describe(),
+            "environment": provenance.environment(),
+            "config": plain(self.run.cfg),
+        }
+
+    def _draw(self) -> dict[str, Path]:
+        """The curves of the training, and the worst, median and best test cases."""
+        data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
+        drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
+        baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
+        pictures.curves(directory / "metrics.csv", drawn["curves"], baseline=baseline)
+        judged = f"{phase.judged_by}_dice"
+        chosen = [rows[i]["index"] for i in pictures.pick_worst_median_best([row[judged] for row in rows], 2)]
+        scores = {row["index"]: row for row in rows}
+        test = data.dataset("test", native=True)
+        sheet = []
+        for index in chosen:
+            masks = native_masks(phase.predict, collate([test[index]]))[0]
+            case = data.split.test[index]
+            image, _ = data.reader.read(case)
+            caption = "  ".join(f"{w} {scores[index][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
+            sheet.append((case.id, image, masks["truth"], masks.get("coarse"), masks.get("refined"), f"Dice {caption}"))
+        pictures.overlay_sheet(sheet, drawn["overlays"])
+        return drawn
+
+
+def _save_networks(phase: Phase, folder: Path) -> None:
+    """The best weights of each network under its publisher's own names, their settings beside them."""
+    cascade = phase.cascade
+    states = {
+        "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
+        "sam": None if cascade.refiner is None else merge_lora(cascade.refiner.sam),  # the publisher knows no LoRA
+    }
+    for name, state in states.items():
+        if state is not None:
+            save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")
+            beside = json.dumps(phase.settings, indent=2).encode()
+            write_atomically(folder / f"best_{name}.json", beside)
+
+
+def _write_cases(run: Run, rows: Rows, baseline: Rows | None) -> None:
+    """cases.csv: one row for each test case."""
+    text = io.StringIO()
+    writer = None
+    for position, row in enumerate(rows):
+        case = run.data.split.test[row["index"]]
+        columns = {"id": case.id, "patient": case.patient, "dataset": case.dataset, "label": case.label}
+        columns |= {name: value for name, value in row.items() if name != "index"}
+        if baseline is not None:
+            before = baseline[position]
+            columns |= {f"baseline_{name}": value for name, value in before.items() if name != "index"}
+        if writer is None:
+            writer = csv.DictWriter(text, list(columns))
+            writer.writeheader()
+        writer.writerow(columns)
+    write_atomically(run.directory / "cases.csv", text.getvalue().encode())
+
+
+def _scores(rows: Rows) -> dict[str, dict[str, float]]:
+    """mask → metric → mean over the cases."""
+    return {which: scores for which in MASKS if (scores := mean_scores(rows, which))}
+
+
+def _flat_scores(summary: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"best/{part}/{which}/{name}": value
+        for part in ("val", "test")
+        for which, values in summary[part].items()
+        for name, value in values.items()
+        if math.isfinite(value)
+    }
