@@ -2,8 +2,9 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig
 
 from data_layouts import SHARED
-from ultrarefiner import cli, config, train
+from ultrarefiner import cli, config, settings, train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
     torch.set_num_threads(1)
@@ -47,7 +48,15 @@ def compose(*overrides: str, micro: bool = True) -> DictConfig:
     config.register()
     Plugins.instance().register(cli.ExperimentsPath)
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return hydra_compose("train", [*(MICRO if micro else []), *overrides])
+        cfg = hydra_compose("train", [*(MICRO if micro else []), *overrides])
+    settings.check(cfg)
+    return cfg
+
+
+def phase_defaults(schema: type[config.PhaseConfig]) -> dict[str, Any]:
+    """The arguments of a phase's class that have a default, with it."""
+    known = {one.name: one.default for one in fields(schema) if one.name not in config.not_arguments()}
+    return {name: value for name, value in known.items() if name != "_target_" and value != MISSING}
 
 
 @dataclass
@@ -85,7 +94,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory) -> Path:
     """An output_root in which all three phases of the micro experiment are finished."""
-    from ultrarefiner.runs.training import run
+    from ultrarefiner.runs.experiment import run
 
     root = tmp_path_factory.mktemp("finished")
     run(compose(f"output_root={root}"))

@@ -200,7 +200,7 @@ class CoarsePhaseConfig(PhaseConfig):
 
     name: str = "coarse"
     _target_: str = "ultrarefiner.phases.coarse.CoarsePhase"
-    lr: float = setting(above=0)
+    lr: float = setting(at_least=0)
     poly_power: float = setting(0.9, at_least=0)
     ce_weight: float = setting(0.5, at_least=0)
     dice_weight: float = setting(0.5, at_least=0)
@@ -212,7 +212,7 @@ class SamPhaseConfig(PhaseConfig):
 
     name: str = "sam"
     _target_: str = "ultrarefiner.phases.sam.SamPhase"
-    lr: float = setting(above=0)
+    lr: float = setting(at_least=0)
     bce_weight: float = setting(1.0, at_least=0)
     dice_weight: float = setting(1.0, at_least=0)
     focal_weight: float = setting(0.5, at_least=0)
@@ -242,8 +242,8 @@ class E2EPhaseConfig(PhaseConfig):
 
     name: str = "e2e"
     _target_: str = "ultrarefiner.phases.e2e.E2EPhase"
-    coarse_lr: float = setting(above=0)
-    sam_lr: float = setting(above=0)
+    coarse_lr: float = setting(at_least=0)
+    sam_lr: float = setting(at_least=0)
     ce_weight: float = setting(0.5, at_least=0)
     coarse_dice_weight: float = setting(0.5, at_least=0)
     bce_weight: float = setting(1.0, at_least=0)

@@ -10,7 +10,9 @@ from ultrarefiner import cli
 
 GROUPS = {
     "phase": "what is trained",
-    "model": "which two networks",
+    "model": "which two networks: a preset of the next two",
+    "model/coarse": "the coarse network alone",
+    "model/sam": "the Segment Anything model alone",
     "dataset": "on which images",
     "roi": "where SAM looks",
     "prompt_style": "what SAM is told",

@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder, write_table
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.store import Store
 from ultrarefiner.data.inspect import inspect_dataset
 from ultrarefiner.data.readers import BusBra, Busi, BusUclm, Combined, Folder
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 COUNT = 8  # good cases beside the bad one

@@ -11,11 +11,11 @@ import pytest
 from data_layouts import SHARED, disc, needs_busbra, needs_busi, save, texture, write_busbra, write_busi, write_folder
 from ultrarefiner.data.cases import PARTS, Case
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.store import Store
 from ultrarefiner.data.duplicates import components, near_duplicates, signature
 from ultrarefiner.data.folds import Limits, Split, leaks, limit_split, make_split, save_split
 from ultrarefiner.data.images import load_image
 from ultrarefiner.data.readers import BusBra, Busi, Combined, Folder, Udiat
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 

@@ -14,7 +14,6 @@ from ultrarefiner.data.augment import Augment, Change
 from ultrarefiner.data.cache import Frames, open_cache
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.store import Store
 from ultrarefiner.data.dataset import EpochSampler, failure_seed
 from ultrarefiner.data.failures import BINS, FailureSimulator
 from ultrarefiner.data.folds import Limits
@@ -24,6 +23,7 @@ from ultrarefiner.data.inspect import inspect_dataset
 from ultrarefiner.data.phantom import Phantoms
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.readers import BusBra, Busi, Folder
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 

@@ -137,7 +137,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, float]:
 def test_phase_3_is_frozen_anchored_and_compared_with_its_baseline(two):
     (directory,) = (two / "phantom" / "tiny").glob("e2e-*/*")
     epochs = rows(directory / "metrics.csv")
-    baseline = json.loads((directory / "summary.json").read_text())["baseline"]["val"]["dice"]
+    baseline = json.loads((directory / "summary.json").read_text())["baseline"]["val"]["coarse"]["dice"]
     assert float(epochs[0]["val/coarse/dice"]) == pytest.approx(baseline) and baseline > 0.1
     assert [float(row["train/anchor"]) > 0 for row in epochs] == [False, True, True]
 
@@ -167,7 +167,7 @@ def test_the_guard_restores_the_weights_of_phase_1(earlier):
     directory = trained(earlier, *destroy)
     epochs = rows(directory / "metrics.csv")
     assert all(float(row["val/coarse/vs_baseline"]) < -0.01 for row in epochs)
-    baseline = json.loads((directory / "summary.json").read_text())["baseline"]["val"]["dice"]
+    baseline = json.loads((directory / "summary.json").read_text())["baseline"]["val"]["coarse"]["dice"]
     best = files.load(directory / "checkpoints" / checkpoints.LAST)["best_coarse"]
     assert best["dice"] == pytest.approx(baseline)
     end = weights(directory)

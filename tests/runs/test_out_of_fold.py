@@ -13,19 +13,18 @@ from data_layouts import write_busbra
 from ultrarefiner import files
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.store import Store
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.folds import Split, hold_out, save_split
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.readers import BusBra
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs import out_of_fold
-from ultrarefiner.runs import training as experiment
+from ultrarefiner.runs import out_of_fold, training
 from ultrarefiner.runs.build import build_data
-from ultrarefiner.runs.start import defined_by, settled
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
+from ultrarefiner.runs.plan import plan
 
 FIT = ["phase=sam", "phase.softness=fit", "phase.real_ratio=0.5", "phase.parts=2"]
 
@@ -63,9 +62,9 @@ def test_more_parts_than_patients():
 
 
 MISTAKES = {
-    "phase.softness=soft": "null, fit",
-    "phase.real_ratio=1.5": "0 to 1",
-    "phase.real_ratio=-0.1": "0 to 1",
+    "phase.softness=soft": "one of null, fit",
+    "phase.real_ratio=1.5": "between 0 and 1",
+    "phase.real_ratio=-0.1": "between 0 and 1",
     "phase.parts=1": "2 or more",
 }
 
@@ -78,17 +77,18 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(override, phase, t
         run(compose(f"phase={phase}", override_here, f"output_root={tmp_path}"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="contradict"):
-        settled(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3"))
+        plan(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3", f"output_root={tmp_path}"))
 
 
 def test_how_the_coarse_network_is_trained_counts_only_where_it_is_used():
-    plain = [settled(compose("phase=sam", f"phase.coarse.epochs={epochs}")) for epochs in (1, 2)]
-    assert plain[0] == plain[1] and plain[0].phase.coarse is None and "model.coarse" not in defined_by(plain[0])
+    plain = [plan(compose("phase=sam", f"phase.coarse.epochs={epochs}"))[-1] for epochs in (1, 2)]
+    assert plain[0].cfg == plain[1].cfg and plain[0].directory == plain[1].directory
+    assert plain[0].cfg.phase.coarse is None and "model.coarse" not in plain[0].settings
     for wanted in ("phase.softness=fit", "phase.real_ratio=0.1"):
-        cfg = settled(compose("phase=sam", wanted, "phase.coarse.epochs=7"))
-        assert cfg.phase.coarse.epochs == 7 and "model.coarse" in defined_by(cfg)
-    e2e = settled(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))
-    assert e2e.phase.sam.coarse.epochs == 7  # one Phase 1 for both
+        run = plan(compose("phase=sam", wanted, "phase.coarse.epochs=7"))[-1]
+        assert run.cfg.phase.coarse.epochs == 7 and "model.coarse" in run.settings
+    e2e = plan(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))[-1]
+    assert e2e.cfg.phase.sam.coarse.epochs == 7  # one Phase 1 for both
 
 
 def test_predictions_keep_their_logits(tmp_path):
@@ -109,13 +109,13 @@ def fitted(tmp_path_factory):
     seen = {}
     original = out_of_fold.add_predictions
 
-    def spy(cfg, data, directory, run):
-        original(cfg, data, directory, run)
-        if cfg.phase.name == "sam":
-            seen.update(cfg=cfg, data=data, directory=directory)
+    def spy(run):
+        original(run)
+        if run.cfg.phase.name == "sam":
+            seen.update(cfg=run.cfg, data=run.data, directory=run.directory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "add_predictions", spy)
+        patch.setattr(training, "add_predictions", spy)
         sizes = [
             "dataset.reader.cases=60",
             "phase.coarse.epochs=12",

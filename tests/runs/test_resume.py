@@ -29,12 +29,12 @@ SETTINGS = [
 ]
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["ultrarefiner.runs.training", "ultrarefiner.data.phantom", "conftest"])
+server.set_forkserver_preload(["ultrarefiner.runs.experiment", "ultrarefiner.data.phantom", "conftest"])
 
 
 def train(arguments: list[str]) -> None:
     """The whole of a command, in a process that may be killed."""
-    from ultrarefiner.runs.training import run
+    from ultrarefiner.runs.experiment import run
 
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):

@@ -10,11 +10,12 @@ from torch import Tensor
 from conftest import compose
 from ultrarefiner.data.dataset import failure_seed
 from ultrarefiner.errors import UserError
-from ultrarefiner.phases.sam import SamPhase, soft_logit
+from ultrarefiner.models.cascade import soft_logit
+from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.refiner import select
 from ultrarefiner.refine.roi import covering, crop, paste
 from ultrarefiner.runs import build
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 
 def phase_of(*overrides: str) -> SamPhase:

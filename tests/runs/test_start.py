@@ -8,16 +8,16 @@ import resource
 import pytest
 import torch
 from segment_anything import sam_model_registry
-from transunet_reference import published_shapes
 
 from conftest import MICRO, compose
+from transunet_reference import published_shapes
 from ultrarefiner import files
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import load_sam
 from ultrarefiner.models.sam_lite import lite_weights
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.runs import checkpoints
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 
 class Killed(Exception):

@@ -90,7 +90,7 @@ class Cases(Dataset):
             pairs = {prefix: change(image, mask) for prefix, (image, mask) in pairs.items()}
         item: dict[str, Any] = {"index": index, "id": case.id}
         for prefix, (image, mask) in pairs.items():
-            item[f"{prefix}image"] = _tensor(image)
+            item[f"{prefix}image"] = as_tensor(image)
             item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
         if self.simulator is not None or self.predictions is not None:
             several = range(index * self.masks_per_image, (index + 1) * self.masks_per_image)
@@ -182,5 +182,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, "native_mask": native} if native else batch
 
 
-def _tensor(image: UInt8[np.ndarray, "S S"]) -> Float32[torch.Tensor, "1 S S"]:
+def as_tensor(image: UInt8[np.ndarray, "S S"]) -> Float32[torch.Tensor, "1 S S"]:
+    """Grey values 0 to 255 → [0, 1]."""
     return torch.from_numpy(image.astype(np.float32) * np.float32(1 / 255))[None]

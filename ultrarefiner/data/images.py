@@ -7,7 +7,7 @@ upright (EXIF orientation applied), at the native size.
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -31,7 +31,7 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W"]:
         UserError: the file is empty, damaged, of another format, of several frames, or larger than MAX_PIXELS.
     """
     pixels = _decode(path)
-    return _luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
+    return luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
 
 
 def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
@@ -76,6 +76,13 @@ def to_square(image: UInt8[np.ndarray, "H W"], size: int) -> UInt8[np.ndarray, "
     if image.shape == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def map_to_square(values: Float32[np.ndarray, "H W"], size: int) -> Float32[np.ndarray, "size size"]:
+    """Resample a map of numbers, such as probabilities, like `to_square`."""
+    if values.shape == (size, size):
+        return values
+    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def mask_to_square(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "size size"]:
@@ -165,7 +172,8 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def _luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+def luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+    """Colour as grey (ITU-R 601)."""
     return np.asarray(Image.fromarray(pixels).convert("L"))
 
 

@@ -31,6 +31,11 @@ def lesion_logit(logits: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 1 H W"]:
     return logits[:, 1:2] - logits[:, 0:1]
 
 
+def soft_logit(prob: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The logit of a probability; 0 and 1 become ∓16, which is as far as float32 tells 1 from less."""
+    return torch.logit(prob, eps=1e-7)
+
+
 class CascadeOutput(NamedTuple):
     """What one pass through the cascade gives."""
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.models.cascade import Cascade, soft_logit
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.phase import OptimizerFactory, Phase
 from ultrarefiner.settings import SAM
@@ -87,8 +87,3 @@ class SamPhase(Phase):
         """The simulated coarse mask and what SAM makes of it."""
         coarse = soft_logit(batch["prob"])
         return {"coarse": coarse, "refined": self.cascade.refine(batch["image"], coarse).logits}
-
-
-def soft_logit(prob: Tensor) -> Tensor:
-    """The logit of a probability; 0 and 1 become ∓16, which is as far as float32 tells 1 from less."""
-    return torch.logit(prob, eps=1e-7)
