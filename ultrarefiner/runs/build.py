@@ -19,6 +19,7 @@ from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import Sam
+from ultrarefiner.models.weights import load_strictly, read_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
@@ -137,8 +138,10 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     """The coarse network, with the weights of a file where one is given."""
     coarse = build(cfg.model.coarse, "model.coarse")
     weights = file or cfg.model.coarse_weights
-    if weights is not None:
+    if weights is not None and hasattr(coarse, "load_official"):
         (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
+    elif weights is not None:  # a network that no publisher has files of
+        load_strictly(coarse, read_state_dict(weights), str(weights))
     return coarse
 
 
@@ -188,8 +191,11 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
     cascade = phase.cascade
-    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
-    parts = {COARSE: {"cascade.coarse.": cascade.coarse}}
-    parts[SAM] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
-    for prefix, network in parts[name].items():
+    if name == COARSE:
+        networks = {"cascade.coarse.": cascade.coarse}
+    else:
+        assert cascade.refiner is not None
+        networks = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in networks.items():
+        assert network is not None
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
