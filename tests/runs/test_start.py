@@ -12,6 +12,7 @@ from segment_anything import sam_model_registry
 from conftest import MICRO, compose
 from transunet_reference import published_shapes
 from ultrarefiner import files
+from ultrarefiner.errors import UserError
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import load_sam
 from ultrarefiner.models.sam_lite import lite_weights
@@ -202,7 +203,7 @@ SENSELESS = {
     "more blocks than there are": (["model.lora.rank=2", "model.lora.blocks=9"], "lora blocks=9"),
     "a block that is not there": (["model.lora.rank=2", "model.lora.blocks=[1,4]"], "4 is none of the 4 blocks"),
     "blocks as text": (["model.lora.rank=2", "model.lora.blocks=last"], "lora blocks=last"),
-    "negative rank": (["model.lora.rank=-1"], "lora rank=-1"),
+    "negative rank": (["model.lora.rank=-1"], "model.lora.rank must be 0 or more, got -1"),
     "unknown layer": (["model.lora.rank=2", "model.lora.targets=[mlp]"], "some of qkv, proj"),
     "unknown part": (["model.train.decoder=true"], "model.train.decoder"),
     "nothing to train": (

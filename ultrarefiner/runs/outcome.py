@@ -22,6 +22,7 @@ from ultrarefiner.results.metrics import mean_scores
 from ultrarefiner.runs import checkpoints, provenance, tracking
 from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.plan import Run
+from ultrarefiner.runs.start import GATE
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def _save_networks(phase: Phase, folder: Path) -> None:
         "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
         "sam": None if cascade.refiner is None else merge_lora(cascade.refiner.sam),  # the publisher knows no LoRA
     }
+    if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
+        save(cascade.gate.state_dict(), folder / f"best_sam{GATE}")
     for name, state in states.items():
         if state is not None:
             save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")

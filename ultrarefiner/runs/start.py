@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultrarefiner.config import Config
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, read_json
-from ultrarefiner.models.weights import require_finite
+from ultrarefiner.models.weights import load_strictly, require_finite
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build_phase, load_start
 from ultrarefiner.runs.plan import Run
 from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting
 
+GATE = ".gate.pth"
+"""What the file of a trained gate ends in, beside the SAM that it was trained with."""
 MERGED = "model.lora"
 """Plain weights have their LoRA terms merged, and start a model with other ones or none as well."""
 
@@ -59,7 +61,10 @@ def prepare(run: Run) -> Beginning:
     ):
         if name in run.kind.parts and path not in NAMES_OF_WEIGHTS:
             seen |= _unseen(run, f"{key}={path}", checkpoints.said_of(Path(path).expanduser()))
-    return Beginning(build_phase(run.cfg, run.kind, given.files), given.states, seen)
+    phase = build_phase(run.cfg, run.kind, given.files)
+    if SAM in given.files:
+        _load_gate(phase.cascade.gate, given.files[SAM])
+    return Beginning(phase, given.states, seen)
 
 
 def load_weights(run: Run, begun: Beginning) -> tuple[int, Seen]:
@@ -125,6 +130,23 @@ def _read(run: Run, name: str, path: Path, given: Given) -> Seen:
     else:
         given.files[name] = path
     return seen
+
+
+def _load_gate(gate: nn.Module | None, file: Path) -> None:
+    """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
+
+    Raises:
+        UserError: Phase 2 has trained one, and it is not there.
+    """
+    if gate is None or not gate.state_dict() or not checkpoints.said_of(file):
+        return
+    beside = file.with_suffix(GATE)
+    if not beside.is_file():
+        raise UserError(
+            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there too, "
+            "or give the run's best.ckpt"
+        )
+    load_strictly(gate, load(beside), str(beside))
 
 
 def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
