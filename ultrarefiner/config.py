@@ -325,6 +325,8 @@ class Config:
     seed: int = setting(0, at_least=0, below=2**32)
     data_root: str | None = setting(None, result=False)
     output_root: str = setting("outputs", result=False)
+    allow_seen: bool = setting(False, result=False)
+    """Measure weights that are given by path also on test cases that they have seen; every table then says so."""
     upstream: str = setting("build", result=False, one_of=("build", "require"))
 
 

@@ -5,6 +5,7 @@ Torch is imported where it is used: the commands and the sweep's summary need th
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -80,6 +81,20 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and what it tells of is made again") from error
 
 
 def load(path: str | Path) -> Any:

@@ -47,6 +47,10 @@ def summary(directory: Path, finished_before: bool) -> None:
         if values:
             table.add_row(name, *(format(values[key], style) for key, _, style in COLUMNS))
     console.print(table)
+    if content["seen"]:
+        count, first = content["seen"]["test_cases"], content["seen"]["first"]
+        note = f"Not a fair test: the weights have seen {count} of the test cases (allow_seen=true), such as {first}."
+        console.print(note, markup=False)
     console.print(f"{directory}/", markup=False)
     for name, what in FILES:
         if (directory / name).exists():
