@@ -119,7 +119,9 @@ def test_all_train_together_and_the_result_can_be_used(own, train, tmp_path):
 
 def test_a_phase_of_its_own_may_start_from_phase_1(own, train, tmp_path):
     later = own / "options" / "phase" / "later.yaml"
-    later.write_text("defaults: [focal, /phase@coarse: coarse, _self_]\nname: later\nlr: 0.0\ncoarse_checkpoint: null\n")
+    later.write_text(
+        "defaults: [focal, /phase@coarse: coarse, _self_]\nname: later\nlr: 0.0\ncoarse_checkpoint: null\n"
+    )
     directory = train(tmp_path, "phase=later", "model/coarse=dilated")
     first = next(tmp_path.glob("phantom/tiny/coarse/*/checkpoints/best_coarse.pth"))
     after, before = (torch.load(p, weights_only=True) for p in (directory / "checkpoints" / "best_coarse.pth", first))
