@@ -11,11 +11,12 @@ import torch
 
 from conftest import MICRO, compose
 from data_layouts import disc, save, texture
+from ultrarefiner.data.readers import FileReader
 from ultrarefiner.runs.plan import Run, plan
 from ultrarefiner.runs.start import prepare
 from ultrarefiner.segmenter import Segmenter
 
-CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
+HOME = Path(__file__).resolve().parents[1]
 PHANTOMS = [setting for setting in MICRO if setting.startswith("dataset.")]
 SHORT = [
     *(setting for setting in MICRO if setting not in PHANTOMS and "schedule" not in setting),
@@ -39,7 +40,8 @@ TOGETHER = [override for choice, _ in KINDS.values() for override in choice if n
 def own(tmp_path_factory):
     """The examples as they are printed, in a folder where Python finds them; and images for the data set."""
     folder = tmp_path_factory.mktemp("own")
-    for title, text in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', CONTRIBUTING.read_text("utf-8"), re.DOTALL):
+    printed = (HOME / "CONTRIBUTING.md").read_text("utf-8")
+    for title, text in re.findall(r'```\w+ title="(.+?)"\n(.*?)```', printed, re.DOTALL):
         (folder / title).parent.mkdir(parents=True, exist_ok=True)
         (folder / title).write_text(text, "utf-8")
     for number in range(20):
@@ -50,6 +52,7 @@ def own(tmp_path_factory):
     sys.path.remove(str(folder))
     for module in folder.glob("*.py"):
         sys.modules.pop(module.stem, None)
+    FileReader.known.pop("pictures", None)
 
 
 def overrides(own: Path, choice: tuple[str, ...]) -> list[str]:
@@ -74,9 +77,10 @@ def train(own, command):
 
 
 def test_each_example_is_one_class_and_one_file_of_options(own):
-    classes = [path.read_text("utf-8") for path in own.glob("*.py")]
-    options = {path.parent.relative_to(own / "options").as_posix() for path in (own / "options").rglob("*.yaml")}
-    assert options == {*KINDS, "logger"} and len(classes) == len(options) - 1  # a protection needs no class
+    titles = re.findall(r'```\w+ title="(.+?)"', (HOME / "CONTRIBUTING.md").read_text("utf-8"))
+    classes = [(own / title).read_text("utf-8") for title in titles if title.endswith(".py")]
+    options = [Path(title).parent.relative_to("options").as_posix() for title in titles if title.endswith(".yaml")]
+    assert sorted(options) == sorted([*KINDS, "logger"]) and len(classes) == len(options) - 1  # protection: no class
     assert all(len(re.findall(r"^class ", text, re.MULTILINE)) == 1 for text in classes)
 
 
@@ -97,6 +101,15 @@ def test_each_fits_by_itself_and_its_keys_define_the_result(kind, own):
         "protection": lambda: built.cascade.grad_scale == 0.2,
     }
     assert arrived[kind]()
+
+
+def test_the_prompt_style_in_the_readme_works_as_it_is_printed(own):
+    section = (HOME / "README.md").read_text("utf-8").split("### Adding a prompt style")[1].split("\n## ")[0]
+    module, option = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "yaml"))
+    (own / "mine.py").write_text(module, "utf-8")
+    (own / "options" / "prompt_style" / "printed.yaml").write_text(option, "utf-8")
+    prompts = prepare(configured(own, "phase=sam", "prompt_style=printed")).phase.cascade.refiner.prompts
+    assert prompts(torch.full((1, 1, 8, 8), 0.75), 16).masks.unique().tolist() == [10.0]
 
 
 def test_all_train_together_and_the_result_can_be_used(own, train, tmp_path):
