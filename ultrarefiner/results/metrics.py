@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -80,7 +79,7 @@ def boundary_iou(pred: Mask, truth: Mask, ratio: float = 0.02) -> float:
         inner = cv2.erode(
             mask.astype(np.uint8), square, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0
         )
-        return mask & (inner == 0)
+        return np.asarray(mask & (inner == 0))
 
     one, other = band(pred), band(truth)
     either = int((one | other).sum())
@@ -185,7 +184,7 @@ def _edge(mask: Mask) -> Mask:
 
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     inner = cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return mask & (inner == 0)
+    return np.asarray(mask & (inner == 0))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -75,7 +75,7 @@ def values(rows: Iterable[Row], metric: str) -> Values:
     blank or NaN, because it is not defined (both masks are empty), are left out.
 
     Args:
-        rows: with "dataset", "id", "patient" and the metric.
+        rows: with "dataset", "id", "patient" (blank where unknown: then each case counts as a patient) and the metric.
         metric: a column, such as "refined_dice".
     """
     found: dict[tuple[str, str], list[float]] = {}
@@ -84,7 +84,7 @@ def values(rows: Iterable[Row], metric: str) -> Values:
         value, case = number(row[metric]), (row["dataset"], row["id"])
         if not math.isnan(value):
             found.setdefault(case, []).append(value)
-            patients[case] = (row["dataset"], row["patient"]) if row["patient"] else case
+            patients[case] = (row["dataset"], row["patient"]) if row.get("patient") else case
     return {case: Value(patients[case], float(np.mean(some))) for case, some in found.items()}
 
 
