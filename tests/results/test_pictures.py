@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ultrarefiner.results import pictures
+from ultrarefiner.results import drawing, pictures
 from ultrarefiner.results.pictures import Overlay, curves, overlay_sheet, pick_worst_median_best
 
 
@@ -51,17 +51,17 @@ def test_curves_show_coarse_refined_and_baseline(tmp_path):
     metrics, out = write(tmp_path / "metrics.csv", FULL), tmp_path / "curves.png"
     curves(metrics, out)
     without = read(out)
-    assert amount(without, pictures.ORANGE) > 50 and amount(without, pictures.BLUE) > 50
-    assert amount(without, pictures.VERMILION) == 0
+    assert amount(without, drawing.ORANGE) > 50 and amount(without, drawing.BLUE) > 50
+    assert amount(without, drawing.VERMILION) == 0
     curves(metrics, out, baseline=0.8)
-    assert amount(read(out), pictures.VERMILION) > 50
+    assert amount(read(out), drawing.VERMILION) > 50
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]
 
 
 def test_blanks_and_nan_are_skipped_and_not_drawn_as_zero(tmp_path):
     columns = pictures._read_columns(write(tmp_path / "metrics.csv", FULL))
-    assert columns["val/refined/dice"] == ([0, 2], [0.83, 0.88])
-    assert columns["train/loss"] == ([0, 1, 2], [1.5, 1.2, 1.1])
+    assert columns["val/refined/dice"] == ([1, 3], [0.83, 0.88])
+    assert columns["train/loss"] == ([1, 2, 3], [1.5, 1.2, 1.1])
     assert "epoch" not in columns and "step" not in columns
 
 
@@ -122,10 +122,10 @@ def test_each_mask_is_drawn_in_its_colour(tmp_path):
     out = tmp_path / "overlays.png"
     overlay_sheet([case()], out)
     picture = read(out)[40:]  # below the coloured headings
-    drawn = {name: amount(picture, pictures.COLOURS[name]) for name in ("truth", "coarse", "refined")}
+    drawn = {name: amount(picture, drawing.COLOURS[name]) for name in ("truth", "coarse", "refined")}
     assert min(drawn.values()) > 100
     overlay_sheet([case(coarse=None)], out)
-    assert amount(read(out)[40:], pictures.ORANGE) == 0
+    assert amount(read(out)[40:], drawing.ORANGE) == 0
 
 
 def test_plain_tuples_and_float_images_look_the_same(tmp_path):
@@ -149,7 +149,7 @@ def test_contour_of_a_mask_is_where_the_mask_is(tmp_path):
     overlay_sheet([case(100, 100, truth=mask, coarse=None, refined=None)], tmp_path / "o.png")
     picture = read(tmp_path / "o.png")
     top, left, height, width = first_panel(picture)
-    left += round(width + pictures._GAP * pictures._DPI)  # the panel of the truth
+    left += round(width + pictures._GAP * drawing.DPI)  # the panel of the truth
     green = np.argwhere(np.abs(picture - (0, 158, 115)).max(-1) < 25)
     green = green[green[:, 0] > top] - (top, left)  # not the heading
     found = [*(green.min(0) / (height, width)), *((green.max(0) + 1) / (height, width))]
@@ -190,8 +190,8 @@ def test_empty_full_and_border_masks(tmp_path):
     empty, full = np.zeros((60, 80), bool), np.ones((60, 80), bool)
     overlay_sheet([case(truth=empty, coarse=full, refined=empty)], tmp_path / "o.png")
     picture = read(tmp_path / "o.png")[40:]
-    assert amount(picture, pictures.ORANGE) > 100
-    assert amount(picture, pictures.GREEN) == 0
+    assert amount(picture, drawing.ORANGE) > 100
+    assert amount(picture, drawing.GREEN) == 0
     overlay_sheet([], tmp_path / "none.png")
     assert read(tmp_path / "none.png").size > 0
 

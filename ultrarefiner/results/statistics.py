@@ -189,7 +189,6 @@ def _by_patient(cases: Sequence[Value]) -> tuple[Float[np.ndarray, " n"], Float[
 
 def _interval(sums: Float[np.ndarray, " n"], counts: Float[np.ndarray, " n"], seed: int) -> tuple[float, float]:
     """95 % of the means of resampled patients."""
-    share = np.full(len(sums), 1 / len(sums))
-    drawn = np.random.default_rng(seed).multinomial(len(sums), share, size=RESAMPLES)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
     return float(low), float(high)
