@@ -101,9 +101,11 @@ def overlay(
     width = max(1, round(math.hypot(*image.shape[:2]) / 600))
     for name, mask in (("truth", truth), ("coarse", coarse), ("refined", refined)):
         if mask is not None:
-            outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+            outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
             colour = tuple(int(COLOURS[name][k : k + 2], 16) for k in (1, 3, 5))
             cv2.polylines(canvas, outlines, True, colour, width, cv2.LINE_AA)
+            for dot in (line[0, 0] for line in outlines if len(line) == 1):  # a single pixel, of which no line is made
+                cv2.circle(canvas, [int(at) for at in dot], width, colour, -1, cv2.LINE_AA)
     return canvas
 
 
