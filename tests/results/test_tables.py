@@ -198,8 +198,9 @@ def test_summary_of_a_run(tmp_path, capsys):
     scores = {"dice": 0.81234, "iou": 0.7, "hd95": 12.345, "assd": 3.0}
     content = {
         "title": "e2e · [/red] · fold 0",
-        "baseline": {"test": scores},
+        "baseline": {"test": {"coarse": scores}},
         "test": {"coarse": scores, "refined": {}},
+        "seen": {"test_cases": 3, "first": "[/red]"},
         "data": {"test": {"cases": 7}},
         "config": {"dataset": {"limit": {"test": 7}}},
     }
@@ -208,5 +209,6 @@ def test_summary_of_a_run(tmp_path, capsys):
     tables.summary(tmp_path, finished_before=True)
     shown = capsys.readouterr().out
     assert "exists already" in shown and "e2e · [/red] · fold 0: 7 test cases (dataset.limit.test=7)" in shown
-    assert re.search(r"baseline \(Phase 1\) +0\.8123 +0\.7000 +12\.3[45] +3\.00\n", shown)
+    assert re.search(r"coarse \(Phase 1\) +0\.8123 +0\.7000 +12\.3[45] +3\.00\n", shown)
+    assert "seen 3 of the test cases (allow_seen=true), such as [/red]." in shown
     assert "refined" not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown
