@@ -1,6 +1,6 @@
 """The refiner: a probability map and an image in, a redrawn mask out, differentiable from end to end."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,12 @@ class PromptableModel(Protocol):
     image_size: int
     mask_size: int
 
-    def encode(self, image: Float[Tensor, "B 1 size size"]) -> Float[Tensor, "B C h w"]:
-        """The embedding of images in [0, 1]."""
+    def encode(self, image: Float[Tensor, "B 1 size size"]) -> Any:
+        """The embedding of images in [0, 1], for `decode`."""
 
     def decode(
         self,
-        embedding: Float[Tensor, "B C h w"],
+        embedding: Any,
         points: Float[Tensor, "P N 2"] | None,
         labels: Int[Tensor, "P N"] | None,
         boxes: Float[Tensor, "P 4"] | None,
@@ -92,7 +92,7 @@ class Refiner(nn.Module):
         self.selection_temperature = selection_temperature
         self.gradient = gradient
 
-    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C h w"]:
+    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Any:
         """The embedding of what each box shows, taken from the frame at its native detail."""
         sam: PromptableModel = self.sam  # type: ignore[assignment]
         if self.gradient == "exact":
