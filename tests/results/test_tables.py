@@ -210,5 +210,5 @@ def test_summary_of_a_run(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "exists already" in shown and "e2e · [/red] · fold 0: 7 test cases (dataset.limit.test=7)" in shown
     assert re.search(r"coarse \(Phase 1\) +0\.8123 +0\.7000 +12\.3[45] +3\.00\n", shown)
-    assert "seen 3 of the test cases (allow_seen=true), such as [/red]." in shown
+    assert "seen 3 of the test cases before, such as [/red]." in shown
     assert "refined" not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown

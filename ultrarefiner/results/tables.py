@@ -137,7 +137,7 @@ def summary(directory: Path, finished_before: bool) -> None:
         print(terminal(map(_difference, *zip(*content["differences"].items(), strict=True)), width=width))
     if content["seen"]:
         count, first = content["seen"]["test_cases"], content["seen"]["first"]
-        print(f"Not a fair test: the weights have seen {count} of the test cases (allow_seen=true), such as {first}.")
+        print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
     print(f"{directory}/")
     for name, what in FILES:
         if (directory / name).exists():

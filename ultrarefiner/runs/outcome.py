@@ -85,9 +85,12 @@ class Outcome:
         }
 
     def _seen(self) -> dict[str, Any] | None:
-        """How many test cases the weights knew before, and the first of them; see `allow_seen`."""
-        known = self.run.data.tested_of(self.seen)
-        return {"test_cases": len(known), "first": known[0].id} if known else None
+        """How many test cases the weights knew before, ours and a publisher's, and the first; see `allow_seen`."""
+        refiner = self.phase.cascade.refiner
+        published = getattr(refiner.sam, "trained_on", ()) if refiner is not None else ()
+        known = {case.key: case for case in self.run.data.tested_of(self.seen)}
+        known |= {case.key: case for case in self.run.data.split.test if case.dataset in published}
+        return {"test_cases": len(known), "first": next(iter(known.values())).id} if known else None
 
     def _draw(self) -> dict[str, Path]:
         """The curves of the training, and the worst, median and best test cases."""
