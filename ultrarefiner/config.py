@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from ultrarefiner.settings import BRIDGE, COARSE, SAM, about, setting
 
@@ -364,6 +364,8 @@ class PrepareConfig:
 def register() -> None:
     """Make the schemas known to Hydra under the name `schema` of their groups."""
     store = ConfigStore.instance()
+    # A phase of a user's own has keys of its own besides those of every phase; its class refuses the misspelt ones.
+    any_phase = OmegaConf.structured(PhaseConfig, flags={"struct": False})
     store.store(name="schema", node=Config)
     store.store(name="schema_prepare", node=PrepareConfig)
     for group, name, node in (
@@ -372,6 +374,7 @@ def register() -> None:
         ("roi", "schema_on", LesionRoiConfig),
         ("roi", "schema_off", FullFrameConfig),
         ("protection", "schema", ProtectionConfig),
+        ("phase", "schema", any_phase),
         ("phase", "schema_coarse", CoarsePhaseConfig),
         ("phase", "schema_sam", SamPhaseConfig),
         ("phase", "schema_e2e", E2EPhaseConfig),

@@ -204,8 +204,11 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
     cascade = phase.cascade
-    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
-    parts = {COARSE: {"cascade.coarse.": cascade.coarse}}
-    parts[SAM] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
-    for prefix, network in parts[name].items():
+    if name == COARSE:
+        networks = {"cascade.coarse.": cascade.coarse}
+    else:
+        assert cascade.refiner is not None
+        networks = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in networks.items():
+        assert network is not None
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
