@@ -139,6 +139,7 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     weights = file or cfg.model.coarse_weights
     if weights is not None:
         (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
+    assert isinstance(coarse, torch.nn.Module)
     return coarse
 
 

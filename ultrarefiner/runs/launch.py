@@ -222,9 +222,10 @@ _LOST = re.compile("gloo|NCCL|Connection (closed|reset)")
 def _first(store: dist.Store, reason: str) -> str:
     """Say why this process ends, unless another one said so before; what the first one said."""
     try:
-        return store.compare_set(REASON, "", reason).decode()
+        first: bytes = store.compare_set(REASON, "", reason)
     except RuntimeError:  # the first process kept the store, and is gone
         return ""
+    return first.decode()
 
 
 def _watch(store: dist.Store, over: threading.Event) -> None:
