@@ -40,6 +40,7 @@ Values
   seed=0              of weights, order, augmentation and simulated masks
   data_root=PATH      where the dataset lies
   output_root=outputs where results go
+  allow_seen=false    true: weights given by path may have seen test cases; every table then says so
   upstream=build      train the earlier phases that are missing; require: refuse and say how to build them
   phase.epochs=N      and every other key of `--cfg job`
 

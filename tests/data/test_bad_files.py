@@ -119,7 +119,7 @@ def named(name: str):
 
 def dicom_without_pixels(root: Path) -> None:
     import pydicom
-    from test_data_readers import dicom
+    from test_readers import dicom
 
     data = pydicom.dcmread(dicom(image(root, "bad.dcm"), texture(50)))
     del data.PixelData
@@ -127,7 +127,7 @@ def dicom_without_pixels(root: Path) -> None:
 
 
 def dicom_of_frames(root: Path) -> None:
-    from test_data_readers import dicom
+    from test_readers import dicom
 
     dicom(image(root, "bad.dcm"), np.stack([texture(50)] * 3), frames=3)
 

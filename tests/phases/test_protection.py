@@ -63,6 +63,7 @@ def small_batch(seed: int = 1) -> dict:
         "mask": mask,
         "coarse_image": torch.rand(2, 1, 12, 12),
         "coarse_mask": mask[..., ::2, ::2],
+        "aspect": torch.tensor([0.8, 1.25]),
         "id": ["a", "b"],
     }
 

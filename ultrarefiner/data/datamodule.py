@@ -17,6 +17,7 @@ from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, co
 from ultrarefiner.data.folds import Limits, Split
 from ultrarefiner.data.index import Index
 from ultrarefiner.data.predictions import Predictions
+from ultrarefiner.data.seen import Seen, marks_of
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
@@ -123,6 +124,21 @@ class DataModule(pl.LightningDataModule):
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
         return split
 
+    def marks(self, part: str) -> list[str]:
+        """By what the images of a part are recognised, see `seen`."""
+        cases, index = self._usable
+        position = {case.key: i for i, case in enumerate(cases)}
+        return marks_of(index, [position[case.key] for case in self.split.part(part)])
+
+    def tested_of(self, seen: Seen) -> list[Case]:
+        """The test cases that something has seen.
+
+        What it shares with the training and validation cases is proven to be no test case already; so are those that
+        look like one of them to the short marks.
+        """
+        own = [*self.marks("train"), *self.marks("val")]
+        return [self.split.test[i] for i in seen.without(own).among(self.marks("test"))]
+
     @cached_property
     def left_out(self) -> tuple[Exclusion, ...]:
         """What of the data set's folder is not used in this fold, and why."""
@@ -206,10 +222,11 @@ class DataModule(pl.LightningDataModule):
 
     @cached_property
     def _source(self) -> Source:
-        frames = self._opened[1]
+        index, frames = self._opened
         positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
-        return Source(self.reader, positions, frames[self.coarse_size], full)
+        aspects = [entry.width / max(entry.height, 1) for entry in index.entries]
+        return Source(self.reader, positions, frames[self.coarse_size], full, aspects)
 
 
 def _one_thread(_: int) -> None:

@@ -37,7 +37,7 @@ def near_duplicates(signatures: UInt8[np.ndarray, "N 64 64"]) -> list[Pair]:
     """All pairs of near-duplicates, ``first`` < ``second``. An image without any structure is like no other."""
     if not len(signatures):
         return []
-    hashes = np.stack([_perceptual_hash(thumbnail) for thumbnail in signatures])
+    hashes = np.stack([perceptual_hash(thumbnail) for thumbnail in signatures])
     flat = signatures.reshape(len(signatures), -1).astype(np.float32)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
@@ -51,7 +51,7 @@ def near_duplicates(signatures: UInt8[np.ndarray, "N 64 64"]) -> list[Pair]:
     return found
 
 
-def _perceptual_hash(thumbnail: UInt8[np.ndarray, "64 64"]) -> Float32[np.ndarray, " 63"]:
+def perceptual_hash(thumbnail: UInt8[np.ndarray, "64 64"]) -> Float32[np.ndarray, " 63"]:
     """±1 for each of the 63 lowest frequencies: above or below their median (pHash)."""
     low = cv2.dct(thumbnail.astype(np.float32))[:8, :8].ravel()[1:]
     return np.where(low > np.median(low), 1, -1).astype(np.float32)

@@ -77,11 +77,15 @@ class Sam(nn.Module):
         """Grey image in [0,1] → the three channels that this family's encoder was trained on."""
         return FAMILIES[self.family].normalise(image)
 
-    def encode(self, image: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D h w"]:
+    def encode(
+        self, image: Float[Tensor, "B C S S"], inside: Float[Tensor, "B 1 S S"] | None = None
+    ) -> Float[Tensor, "B D h w"]:
         """Image of S = image_size px → embedding.
 
         Args:
             image: (B,1,S,S) in [0,1], normalised here; or (B,3,S,S), already normalised.
+            inside: the share of each pixel that is image and not padding, in [0,1]; None: all. SAM and LiteMedSAM pad
+                with zeros after normalising. Padding that repeats the image's border leaves its minimum and maximum.
 
         Raises:
             ValueError: another number of channels or another size.
@@ -90,6 +94,8 @@ class Sam(nn.Module):
             raise ValueError(
                 f"{self.family} takes images (B,1 or 3,{self.image_size},{self.image_size}), not {tuple(image.shape)}"
             )
+        if inside is not None:
+            image = (self.normalise(image) if image.shape[1] == 1 else image) * inside
         if self.embeddings is None or image.requires_grad:
             return self._encode(image)
         return self.embeddings(image, self.image_encoder, self.family, self._encode)

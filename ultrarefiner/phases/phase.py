@@ -74,10 +74,8 @@ class Phase(pl.LightningModule):
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizer, self.decay, self.grad_clip = optimizer, decay, grad_clip
         self.seed = 0
-        self.settings: dict[str, Any] = {}
-        """What defines the result; every checkpoint carries it."""
-        self.config: dict[str, Any] = {}
-        """The whole configuration, from which a checkpoint's networks can be built again."""
+        self.carried: dict[str, Any] = {}
+        """What every checkpoint says of itself, see `runs.checkpoints.about`."""
         self.measured = True
         """Whether the weights are the ones that the last validation measured."""
         self.steps_done = 0
@@ -141,7 +139,7 @@ class Phase(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what it was trained with, and how far in its epoch; hold the average of weights."""
-        checkpoint["ultrarefiner"], checkpoint["config"] = self.settings, self.config
+        checkpoint |= self.carried
         if self.steps_done:
             rows = gather([self._sums])
             sums = {name: sum(row[name] for row in rows) / len(rows) for name in self._sums}

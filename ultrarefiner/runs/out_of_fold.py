@@ -18,8 +18,8 @@ from ultrarefiner.data.dataset import Cases, collate
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.ranks import agreed, rank
+from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build, build_phase, plain
-from ultrarefiner.runs.checkpoints import best_weights
 from ultrarefiner.runs.plan import FIT, Run
 
 
@@ -46,7 +46,7 @@ def add_predictions(run: Run) -> None:
 
 def _predict(predictor: Run, missing: list[int], predictions: Predictions) -> None:
     phase = build_phase(predictor.cfg, predictor.kind, {})
-    phase.load_state_dict(best_weights(predictor.directory))
+    phase.load_state_dict(checkpoints.best(predictor.directory)["state_dict"])
     on_gpu = predictor.cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     phase.to("cuda" if on_gpu else "cpu")
     held = Subset(predictor.data.dataset("held"), missing)

@@ -12,6 +12,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
+from ultrarefiner.data.seen import Seen
 from ultrarefiner.files import save, write_atomically
 from ultrarefiner.models.lora import merge_lora
 from ultrarefiner.phases.phase import Phase
@@ -21,6 +22,7 @@ from ultrarefiner.results.metrics import mean_scores
 from ultrarefiner.runs import checkpoints, provenance, tracking
 from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.plan import Run
+from ultrarefiner.runs.start import GATE
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Outcome:
         phase: with its best weights.
         results: the rows of `evaluate` for "val" and "test".
         baseline: the same before training, in a phase that is compared with them; else empty.
+        seen: the images that its weights know, its own and those of all that they started from.
         steps: the first and the last step, counted from the first phase that it builds on.
         best_epoch: the one whose weights were kept, from 0.
         epochs: how many there were.
@@ -41,6 +44,7 @@ class Outcome:
     phase: Phase
     results: dict[str, Rows]
     baseline: dict[str, Rows]
+    seen: Seen
     steps: tuple[int, int]
     best_epoch: int
     epochs: int
@@ -70,10 +74,16 @@ class Outcome:
             "epochs": self.epochs,
             "first_step": self.steps[0],
             "last_step": self.steps[1],
+            "seen": self._seen(),
             "data": self.run.data.describe(),
             "environment": provenance.environment(),
             "config": plain(self.run.cfg),
         }
+
+    def _seen(self) -> dict[str, Any] | None:
+        """How many test cases the weights knew before, and the first of them; see `allow_seen`."""
+        known = self.run.data.tested_of(self.seen)
+        return {"test_cases": len(known), "first": known[0].id} if known else None
 
     def _draw(self) -> dict[str, Path]:
         """The curves of the training, and the worst, median and best test cases."""
@@ -103,11 +113,12 @@ def _save_networks(phase: Phase, folder: Path) -> None:
         "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
         "sam": None if cascade.refiner is None else merge_lora(cascade.refiner.sam),  # the publisher knows no LoRA
     }
+    if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
+        save(cascade.gate.state_dict(), folder / f"best_sam{GATE}")
     for name, state in states.items():
         if state is not None:
             save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")
-            beside = json.dumps(phase.settings, indent=2).encode()
-            write_atomically(folder / f"best_{name}.json", beside)
+            write_atomically(folder / f"best_{name}.json", json.dumps(phase.carried, indent=2).encode())
 
 
 def _write_cases(run: Run, rows: Rows, baseline: Rows | None) -> None:

@@ -1,25 +1,26 @@
 """What a run starts from: its networks, the weights of earlier runs or of files, and real predictions for Phase 2."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load
-from ultrarefiner.models.weights import require_finite
+from ultrarefiner.files import load, read_json
+from ultrarefiner.models.weights import load_strictly, require_finite
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build_phase, load_start
-from ultrarefiner.runs.checkpoints import best_weights
 from ultrarefiner.runs.plan import Run
-from ultrarefiner.settings import COARSE, SAM, fitting
+from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting
 
-PRETRAINED = "pretrained"
+GATE = ".gate.pth"
+"""What the file of a trained gate ends in, beside the SAM that it was trained with."""
 MERGED = "model.lora"
 """Plain weights have their LoRA terms merged, and start a model with other ones or none as well."""
 
@@ -34,42 +35,59 @@ class Given(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """A phase that is built, and the weights that it is still to take from files of ours."""
+    """A phase that is built, the weights that it is still to take from files of ours, and what given ones have seen."""
 
     phase: Phase
     states: Mapping[str, dict[str, Tensor]]
+    seen: Seen
 
 
 def prepare(run: Run) -> Beginning:
     """Build a run's phase, and check all that can be checked before the runs that it starts from are there.
 
     Raises:
-        UserError: a class refuses its arguments, or a given checkpoint is missing, unreadable, or was trained with
-            other settings.
+        UserError: a class refuses its arguments, or a given checkpoint is missing, unreadable, was trained with other
+            settings, or has seen test cases of this run.
     """
-    given = Given({}, {})
+    given, seen = Given({}, {}), Seen()
     for name in (COARSE, SAM):
         path = run.cfg.phase.get(f"{name}_checkpoint")
-        if path not in (None, PRETRAINED):
-            _read(run, name, Path(path).expanduser(), given)
-    return Beginning(build_phase(run.cfg, run.kind, given.files), given.states)
+        if path not in NAMES_OF_WEIGHTS:
+            seen |= _read(run, name, Path(path).expanduser(), given)
+    model = run.cfg.model
+    for name, key, path in (
+        (COARSE, "model.coarse_weights", model.coarse_weights),
+        (SAM, "model.sam.checkpoint", model.sam.get("checkpoint")),
+    ):
+        if name in run.kind.parts and path not in NAMES_OF_WEIGHTS:
+            seen |= _unseen(run, f"{key}={path}", checkpoints.said_of(Path(path).expanduser()))
+    phase = build_phase(run.cfg, run.kind, given.files)
+    if SAM in given.files:
+        _load_gate(phase.cascade.gate, given.files[SAM])
+    return Beginning(phase, given.states, seen)
 
 
-def load_weights(run: Run, begun: Beginning) -> int:
+def load_weights(run: Run, begun: Beginning) -> tuple[int, Seen]:
     """Give a phase the weights that it starts from.
 
     Returns:
-        How many steps were done for them.
+        How many steps were done for them, and the images that the phase will have seen: its own, and those of all that
+        it starts from.
     """
-    states = {**begun.states, **{name: best_weights(earlier.directory) for name, earlier in run.earlier.items()}}
+    seen = begun.seen | Seen(frozenset(run.data.marks("train")), frozenset(run.data.marks("val")))
+    states = dict(begun.states)
+    for name, earlier in run.earlier.items():
+        best = checkpoints.best(earlier.directory)
+        states[name] = best["state_dict"]
+        seen |= Seen.of_lists(best["seen"])
     for name, state in states.items():
         load_start(begun.phase, name, state)
-    return sum(last_step(earlier.directory) for earlier in run.earlier.values())
+    return sum(last_step(earlier.directory) for earlier in run.earlier.values()), seen
 
 
 def last_step(directory: Path) -> int:
     """Where a finished run's steps end, counted from the first phase that it builds on."""
-    return int(json.loads((directory / "summary.json").read_text(encoding="utf-8"))["last_step"])
+    return int(read_json(directory / "summary.json")["last_step"])
 
 
 def missing(run: Run) -> UserError:
@@ -95,40 +113,69 @@ def command(phase: str, more: Sequence[str] = ()) -> str:
     return shlex.join(["python", "-m", "ultrarefiner.train", *kept, *more])
 
 
-def _read(run: Run, name: str, path: Path, given: Given) -> None:
+def _read(run: Run, name: str, path: Path, given: Given) -> Seen:
     """A checkpoint of ours with its settings, weights of ours with them in a file beside, or a publisher's file."""
+    key = f"phase.{name}_checkpoint={path}"
     if path.suffix == ".npz":  # of TransUNet's authors' image classifier: no run of ours ends in one
-        raise UserError(
-            f"phase.{name}_checkpoint={path} is not a segmentation network; give it as model.coarse_weights"
-        )
+        raise UserError(f"{key} is not a segmentation network; give it as model.coarse_weights")
     content = load(path)
-    beside = path.with_suffix(".json")
-    if isinstance(content, dict) and "ultrarefiner" in content:
-        _check(run, name, path, content["ultrarefiner"], merged=False)
+    said = checkpoints.said_of(path, content)
+    ours = isinstance(content, dict) and "ultrarefiner" in content
+    if said:
+        _check(run, name, key, said["ultrarefiner"], merged=not ours)
+    seen = _unseen(run, key, said)
+    if ours:
         require_finite(content["state_dict"], path)
         given.states[name] = content["state_dict"]
+    else:
+        given.files[name] = path
+    return seen
+
+
+def _load_gate(gate: nn.Module | None, file: Path) -> None:
+    """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
+
+    Raises:
+        UserError: Phase 2 has trained one, and it is not there.
+    """
+    if gate is None or not gate.state_dict() or not checkpoints.said_of(file):
         return
-    if beside.is_file():
-        _check(run, name, path, json.loads(beside.read_text(encoding="utf-8")), merged=True)
-    given.files[name] = path
+    beside = file.with_suffix(GATE)
+    if not beside.is_file():
+        raise UserError(
+            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there, "
+            "or give the run's best.ckpt"
+        )
+    load_strictly(gate, load(beside), str(beside))
 
 
-def _check(run: Run, name: str, path: Path, settings: dict[str, Any], merged: bool) -> None:
-    given = f"phase.{name}_checkpoint={path}"
+def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
+    """The images that given weights have seen.
+
+    Raises:
+        UserError: test cases of this run are among them, and nobody said that this is wanted.
+    """
+    seen = Seen.of_lists(said["seen"]) if said else Seen()
+    known = run.data.tested_of(seen)
+    if known and not run.cfg.allow_seen:
+        raise UserError(
+            f"{key} has seen {len(known)} of the {len(run.data.split.test)} test cases of fold={run.cfg.fold}, the "
+            f"first is {known[0].id}; give weights that were trained on other cases, or set allow_seen=true to measure "
+            "all the same (every table then says so)"
+        )
+    return seen
+
+
+def _check(run: Run, name: str, key: str, settings: dict[str, Any], merged: bool) -> None:
     made_by, phase = settings["phase"]["name"], run.cfg.phase.name
     if made_by not in (name, phase):
-        raise UserError(f"{given} was made by phase={made_by}; give one of phase={name}")
+        raise UserError(f"{key} was made by phase={made_by}; give one of phase={name}")
     here = {key: value for key, value in fitting(run.cfg, name, Config).items() if not (merged and key == MERGED)}
     trained, wanted = _flat({key: settings.get(key) for key in here}), _flat(here)
     keys = sorted({*trained, *wanted})
     differing = [f"{k}={trained.get(k)} (here {wanted.get(k)})" for k in keys if trained.get(k) != wanted.get(k)]
     if differing:
-        raise UserError(f"{given} was trained with other settings: {', '.join(differing)}; make both the same")
-    if settings["dataset.name"] == run.cfg.dataset.name and settings["fold"] != run.cfg.fold:
-        raise UserError(
-            f"{given} was trained on fold={settings['fold']}, whose training cases are test cases of "
-            f"fold={run.cfg.fold}; give the one of the same fold"
-        )
+        raise UserError(f"{key} was trained with other settings: {', '.join(differing)}; make both the same")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

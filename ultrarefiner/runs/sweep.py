@@ -118,6 +118,8 @@ class Sweep(Callback):
         _write(folder / "settings.csv", settings)
         failed = [row for row in rows if row["status"] == "failed"]
         title = f"{len(rows)} jobs, {len(rows) - len(failed)} finished, {len(failed)} failed"
+        if unfair := sum(row["seen_test_cases"] > 0 for row in rows):
+            title += f"; in {unfair} the weights have seen test cases (allow_seen=true), which is no fair test"
         _print(title, settings, folder)
         if "wandb" in config.logger:
             _log_to_wandb(config, folder, title, rows, settings)
@@ -159,6 +161,7 @@ def row_of(number: int, job: Job, config: DictConfig) -> Row:
         "status": "failed" if failed else "finished",
         "reason": job.outcome.reason if isinstance(job.outcome, Failure) else "",
         "directory": "" if failed else str(job.outcome),
+        "seen_test_cases": ((job.summary or {}).get("seen") or {}).get("test_cases", 0),
         "overrides": " ".join(f"{key}={value}" for key, value in job.overrides.items()),
     }
     scores = {

@@ -36,14 +36,14 @@ def train(run: Run, begun: start.Beginning, deadline: Deadline) -> None:
         Paused: the time is up.
     """
     cfg, phase, directory = run.cfg, begun.phase, run.directory
-    first_step = start.load_weights(run, begun)
+    first_step, seen = start.load_weights(run, begun)
     add_predictions(run)
     first = ranks.rank() == 0
     if first:
         write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         save_split(run.data.split, directory / "folds.csv")
     tables.beginning(run.title, run.data.describe(), directory)
-    phase.settings, phase.config = run.settings, plain(cfg)
+    phase.carried = checkpoints.about(run.settings, plain(cfg), seen)
     loggers = _loggers(run, first_step) if first else []
     status = "failed"
     try:
@@ -62,7 +62,8 @@ def train(run: Run, begun: start.Beginning, deadline: Deadline) -> None:
         results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
         if first:
             steps = (first_step, first_step + trainer.global_step)
-            left = outcome.Outcome(run, phase, results, baseline, steps, keeper.best_epoch, trainer.current_epoch)
+            epochs = (keeper.best_epoch, trainer.current_epoch)
+            left = outcome.Outcome(run, phase, results, baseline, seen, steps, *epochs)
             left.write(loggers, trainer.global_step)
             status = "success"
     finally:
@@ -95,7 +96,7 @@ def _fit(trainer: pl.Trainer, phase: Phase, run: Run) -> None:
         trainer.fit(phase, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except SystemExit:  # Lightning's way to end when the user interrupts
         raise KeyboardInterrupt from None
-    phase.load_state_dict(checkpoints.best_weights(run.directory))
+    phase.load_state_dict(checkpoints.best(run.directory)["state_dict"])
     phase.to(trainer.strategy.root_device)
 
 
