@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from ultrarefiner.data.augment import Augment, Change
@@ -106,7 +106,7 @@ class Cases(Dataset):
 
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
-    ) -> Float32[np.ndarray, "C C"]:
+    ) -> Float[np.ndarray, "C C"]:
         """A prediction for the (changed) mask: a real one, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
         if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:

@@ -55,7 +55,7 @@ def relative_parts(
 
 
 def attend(
-    attention: "Attention", qkv: Float[Tensor, "B N 3C"], height: int, width: int, frugal: bool = False
+    attention: "Attention", qkv: Float[Tensor, "B N QKV"], height: int, width: int, frugal: bool = False
 ) -> Float[Tensor, "B N C"]:
     """Multi-head attention with decomposed relative positions over a grid of N = height·width tokens.
 
@@ -177,7 +177,7 @@ class ViTBlock(nn.Module):
         x = self.attn.proj(out).add_(x)  # in place: a linear layer's gradient does not need its output
         return self.mlp(self.norm2(x)).add_(x)
 
-    def _attend_strip_by_strip(self, qkv: Float[Tensor, "B H W 3C"]) -> Float[Tensor, "B H W C"]:
+    def _attend_strip_by_strip(self, qkv: Float[Tensor, "B H W QKV"]) -> Float[Tensor, "B H W C"]:
         """One row of windows at a time."""
         side = self.window_size
         batch, height, width, channels = qkv.shape
@@ -196,7 +196,7 @@ def _wants_gradient(qkv: Tensor, attention: "Attention") -> bool:
 
 def split_windows(
     x: Float[Tensor, "B H W C"], side: int, padding: Float[Tensor, " C"]
-) -> Float[Tensor, "Bw side*side C"]:
+) -> Float[Tensor, "Bw {side}*{side} C"]:
     """Cut a grid into windows of side × side; incomplete ones are filled with the vector `padding`."""
     batch, height, width, channels = x.shape
     down, right = -height % side, -width % side

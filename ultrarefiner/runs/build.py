@@ -140,6 +140,7 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     weights = file or cfg.model.coarse_weights
     if weights is not None:
         load_coarse(coarse, Path(weights).expanduser())
+    assert isinstance(coarse, torch.nn.Module)
     return coarse
 
 

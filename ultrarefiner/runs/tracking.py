@@ -90,7 +90,10 @@ class Progress:
 
     def __call__(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
         """The same batches."""
-        return tqdm(batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr)
+        bar: Iterable[Any] = tqdm(
+            batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr
+        )
+        return bar
 
 
 def callbacks(path: Path, title: str, bar: bool) -> list[Callback]:
