@@ -138,11 +138,25 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     """The coarse network, with the weights of a file where one is given."""
     coarse = build(cfg.model.coarse, "model.coarse")
     weights = file or cfg.model.coarse_weights
-    if weights is not None and hasattr(coarse, "load_official"):
-        (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
-    elif weights is not None:  # a network that no publisher has files of
-        load_strictly(coarse, read_state_dict(weights), str(weights))
+    if weights is not None:
+        load_coarse(coarse, Path(weights).expanduser())
+    assert isinstance(coarse, torch.nn.Module)
     return coarse
+
+
+def load_coarse(coarse: torch.nn.Module, path: Path) -> None:
+    """Give a coarse network the weights in a file: in its own way where it has one, else name by name.
+
+    Raises:
+        UserError: the file is unreadable, or not of this network.
+    """
+    way = "load_npz" if path.suffix == ".npz" else "load_official"
+    if hasattr(coarse, way):
+        getattr(coarse, way)(path)
+    elif way == "load_npz":
+        raise UserError(f"model.coarse_weights={path} is for a TransUNet; this coarse network takes a state_dict")
+    else:
+        load_strictly(coarse, read_state_dict(path), str(path))
 
 
 def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn.Module]:

@@ -143,7 +143,7 @@ def _load_gate(gate: nn.Module | None, file: Path) -> None:
     beside = file.with_suffix(GATE)
     if not beside.is_file():
         raise UserError(
-            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there too, "
+            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there, "
             "or give the run's best.ckpt"
         )
     load_strictly(gate, load(beside), str(beside))
