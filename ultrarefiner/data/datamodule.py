@@ -222,10 +222,10 @@ class DataModule(pl.LightningDataModule):
 
     @cached_property
     def _source(self) -> Source:
-        frames = self._opened[1]
+        index, frames = self._opened
         positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
-        return Source(self.reader, positions, frames[self.coarse_size], full)
+        return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full)
 
 
 def _one_thread(_: int) -> None:

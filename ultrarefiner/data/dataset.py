@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float32, UInt8
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from ultrarefiner.data.augment import Augment, Change
-from ultrarefiner.data.cache import Frames
+from ultrarefiner.data.cache import Frames, NativeMasks
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.predictions import Predictions
-from ultrarefiner.data.readers import Reader
 
 Simulator = Callable[[Bool[np.ndarray, "C C"], int], Float32[np.ndarray, "C C"]]
 
@@ -23,14 +22,14 @@ class Source:
     """Where the pixels of the cases come from.
 
     Attributes:
-        reader: for masks at native size.
         positions: `Case.key` → position in the cache.
+        native: masks at native size.
         coarse: frames at the coarse network's size C.
         full: frames at S; None where nobody needs them.
     """
 
-    reader: Reader
     positions: Mapping[tuple[str, str], int]
+    native: NativeMasks
     coarse: Frames
     full: Frames | None
 
@@ -49,7 +48,7 @@ class Cases(Dataset):
         augment: draws one geometric and one photometric change for a sample; None leaves it as it is.
         simulator: (coarse mask, seed) → simulated prediction of the coarse network.
         predictions: real ones, of which a share takes the place of simulated ones.
-        native: add the mask from the original file, at its own size.
+        native: add the mask at the size of its image.
         masks_per_image: K, simulated predictions of one (changed) case.
     """
 
@@ -98,7 +97,7 @@ class Cases(Dataset):
             probs = [self._prob(case, pairs["coarse_"][1], change, seed) for seed in seeds]
             item["prob"] = torch.from_numpy(np.stack(probs).astype(np.float32, copy=False))
         if self.native:
-            item["native_mask"] = self.source.reader.read(case)[1]
+            item["native_mask"] = self.source.native.mask(position)
         return item
 
     def _prob(
