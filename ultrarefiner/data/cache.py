@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,7 +172,7 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
             ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,  # Pillow and zlib release the GIL
             _native_file(partial).open("wb") as native,
         ):
-            for result in _bar(pool.map(fill, range(len(cases))), len(cases), reader.name, progress):
+            for result in shown(pool.map(fill, range(len(cases))), len(cases), f"Reading {reader.name}", progress):
                 if isinstance(result, UserError):
                     errors.append(str(result))
                 else:
@@ -195,13 +195,14 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
     return index
 
 
-def _bar(results: Iterator[T], total: int, name: str, show: bool) -> Iterator[T]:
+def shown(results: Iterable[T], total: int, what: str, progress: bool = True) -> Iterator[T]:
+    """The results, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    quiet = not (show and console.is_terminal)
-    return iter(track(results, f"Reading {name}", total=total, console=console, disable=quiet, transient=True))
+    quiet = not (progress and console.is_terminal)
+    return iter(track(results, what, total=total, console=console, disable=quiet, transient=True))
 
 
 def _array_files(folder: Path, size: int) -> tuple[Path, Path]:

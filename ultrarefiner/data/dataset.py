@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from ultrarefiner.data.augment import Augment, Change
 from ultrarefiner.data.cache import Frames, NativeMasks
 from ultrarefiner.data.cases import Case
+from ultrarefiner.data.mask_files import MaskFiles
 from ultrarefiner.data.predictions import Predictions
 
 Simulator = Callable[[Bool[np.ndarray, "C C"], int], Float32[np.ndarray, "C C"]]
@@ -48,6 +49,7 @@ class Cases(Dataset):
         augment: draws one geometric and one photometric change for a sample; None leaves it as it is.
         simulator: (coarse mask, seed) → simulated prediction of the coarse network.
         predictions: real ones, of which a share takes the place of simulated ones.
+        files: masks that take the place of simulated ones, and the part they are of.
         native: add the mask at the size of its image.
         masks_per_image: K, simulated predictions of one (changed) case.
     """
@@ -62,6 +64,7 @@ class Cases(Dataset):
         predictions: Predictions | None = None,
         native: bool = False,
         masks_per_image: int = 1,
+        files: tuple[MaskFiles, str] | None = None,
     ) -> None:
         self.cases = tuple(cases)
         self.source = source
@@ -69,6 +72,7 @@ class Cases(Dataset):
         self.augment = augment
         self.simulator = simulator
         self.predictions = predictions
+        self.files = files
         self.native = native
         self.masks_per_image = masks_per_image
 
@@ -103,14 +107,18 @@ class Cases(Dataset):
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
     ) -> Float32[np.ndarray, "C C"]:
-        """A prediction for the (changed) mask: a real one, changed alike, or a simulated one."""
+        """A prediction for the (changed) mask: a real one or one from a file, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
         if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:
-            real = self.predictions.load(case, mask.shape[0])
-            # what comes into the frame from outside is as sure to be background as anything in it
-            return np.maximum(change.warp(real)[0], real.min()) if change else real
-        assert self.simulator is not None
-        return self.simulator(mask, seed)
+            given = self.predictions.load(case, mask.shape[0])
+        elif self.files is not None:
+            files, part = self.files
+            given = files.draw(case, part, seed)
+        else:
+            assert self.simulator is not None
+            return self.simulator(mask, seed)
+        # what comes into the frame from outside is as sure to be background as anything in it
+        return np.maximum(change.warp(given)[0], given.min()) if change else given
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
