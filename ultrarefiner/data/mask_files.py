@@ -50,8 +50,8 @@ class MaskFiles:
         table = folder / TABLE
         if not table.is_file():
             raise UserError(
-                f"phase.masks={folder} has no {TABLE}: give a folder that `python -m ultrarefiner.simulate` has written, "
-                "or one with such a table."
+                f"phase.masks={folder} has no {TABLE}: give a folder that `python -m ultrarefiner.simulate` has "
+                "written, or one with such a table."
             )
         parts: dict[str, dict[Key, list[Path]]] = {"train": defaultdict(list), "val": defaultdict(list)}
         for name, row in read_table(table, NEEDED, key="file").items():
