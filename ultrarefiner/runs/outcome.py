@@ -93,7 +93,7 @@ class Outcome:
         return {"test_cases": len(known), "first": next(iter(known.values())).id} if known else None
 
     def _draw(self) -> dict[str, Path]:
-        """The curves of the training, and the worst, median and best test cases, and those that refinement harmed most."""
+        """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
         baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
@@ -116,7 +116,7 @@ class Outcome:
         """The positions of the cases that are worth a look, and why: two of each kind."""
         judged = [row[f"{self.phase.judged_by}_dice"] for row in rows]
         picked = pictures.pick_worst_median_best(judged, 2)
-        chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.labels(len(picked)), strict=True)]
+        chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.rank_labels(len(picked)), strict=True)]
         if rows and {"coarse_dice", "refined_dice"} <= set(rows[0]):
             before, after = ([row[f"{mask}_dice"] for row in rows] for mask in MASKS)
             chosen += [(rows[i]["index"], "harmed most") for i in pictures.pick_most_harmed(before, after, 2)]

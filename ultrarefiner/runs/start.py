@@ -161,8 +161,8 @@ def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
         if known and not run.cfg.allow_seen:
             raise UserError(
                 f"{key} has seen {len(known)} of the {len(run.data.split.part(part))} {name} cases of "
-                f"fold={run.cfg.fold}, the first is {known[0].id}; give weights that were trained on other cases, or set "
-                "allow_seen=true to measure all the same (every table then says so)"
+                f"fold={run.cfg.fold}, the first is {known[0].id}; give weights that were trained on other cases, or "
+                "set allow_seen=true to measure all the same (every table then says so)"
             )
     return seen
 
