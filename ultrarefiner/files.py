@@ -145,6 +145,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """One SHA-256 over the names and contents of all files below a folder, but for hidden ones."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from scipy.ndimage import distance_transform_edt
 
 from conftest import compose
 from data_layouts import write_busbra
 from ultrarefiner import files
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.failures import FailureSimulator
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.folds import Split, hold_out, save_split
 from ultrarefiner.data.predictions import Predictions
@@ -21,12 +23,14 @@ from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.phases.sam import SamPhase
+from ultrarefiner.refine.prompts import soft_box
+from ultrarefiner.refine.roi import LesionRoi
 from ultrarefiner.runs import out_of_fold, training
 from ultrarefiner.runs.build import build_data
 from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.plan import plan
 
-FIT = ["phase=sam", "phase.softness=fit", "phase.real_ratio=0.5", "phase.parts=2"]
+FIT = ["phase=sam", "phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.5", "phase.parts=2"]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
@@ -63,6 +67,7 @@ def test_more_parts_than_patients():
 
 MISTAKES = {
     "phase.softness=soft": "one of null, fit",
+    "phase.bins=good": "one of null, fit",
     "phase.real_ratio=1.5": "between 0 and 1",
     "phase.real_ratio=-0.1": "between 0 and 1",
     "phase.parts=1": "2 or more",
@@ -78,13 +83,15 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(override, phase, t
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="contradict"):
         plan(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3", f"output_root={tmp_path}"))
+    with pytest.raises(UserError, match="contradict"):
+        plan(compose("phase=sam", "phase.bins=fit", "+phase.failures.bins=[[0.5,0.9,1]]", f"output_root={tmp_path}"))
 
 
 def test_how_the_coarse_network_is_trained_counts_only_where_it_is_used():
     plain = [plan(compose("phase=sam", f"phase.coarse.epochs={epochs}"))[-1] for epochs in (1, 2)]
     assert plain[0].cfg == plain[1].cfg and plain[0].directory == plain[1].directory
     assert plain[0].cfg.phase.coarse is None and "model.coarse" not in plain[0].settings
-    for wanted in ("phase.softness=fit", "phase.real_ratio=0.1"):
+    for wanted in ("phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.1"):
         run = plan(compose("phase=sam", wanted, "phase.coarse.epochs=7"))[-1]
         assert run.cfg.phase.coarse.epochs == 7 and "model.coarse" in run.settings
     e2e = plan(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))[-1]
@@ -138,6 +145,56 @@ def test_phase_two_learns_from_out_of_fold_predictions(fitted):
     softness = data.simulator.softness
     assert isinstance(softness, Softness) and softness != Softness()
     assert all(math.isfinite(value) for value in vars(softness).values())
+
+
+def looks(pairs) -> dict[str, np.ndarray]:
+    """What Phase 2 gets to see of coarse masks, for each of (probability, mask); areas in those of the lesion's box."""
+    found: dict[str, list[float]] = {
+        "roi": [],
+        "box": [],
+        "mass outside": [],
+        "dice": [],
+        "background": [],
+        "spots": [],
+    }
+    for prob, mask in pairs:
+        rows, columns = np.nonzero(mask)
+        tight = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) / mask.size
+        tensor = torch.from_numpy(np.ascontiguousarray(prob))[None, None]
+        for name, box in (("roi", LesionRoi().boxes(tensor)[0]), ("box", soft_box(tensor)[0])):
+            found[name].append(float((box[2] - box[0]) * (box[3] - box[1])) / tight)
+        found["mass outside"].append(prob[~mask].sum() / mask.sum())
+        predicted = prob >= 0.5
+        found["dice"].append(2 * (predicted & mask).sum() / (predicted.sum() + mask.sum()))
+        far = distance_transform_edt(~(mask | predicted)) > len(mask) / 10
+        logit = np.log(prob / (1 - prob))[far]
+        found["background"].append(np.median(logit))
+        found["spots"].append(np.quantile(logit, 0.99))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.slow
+def test_phase_two_sees_what_phase_three_sees(fitted):
+    """Fitted, the simulator's masks are distributed as out-of-fold predictions of the same cases."""
+    data = fitted[2]["data"]
+    pairs = [
+        (data.predictions.load(case, 64), data._source.coarse.mask(data._source.positions[case.key]))
+        for case in data.split.train
+    ]
+    real = looks(pairs)
+    masks = [mask for _, mask in pairs]
+    seen = looks((data.simulator(masks[seed % len(masks)], seed), masks[seed % len(masks)]) for seed in range(400))
+    unfitted = FailureSimulator()
+    before = looks((unfitted(masks[seed % len(masks)], seed), masks[seed % len(masks)]) for seed in range(400))
+    for name in real:
+        one, other, default = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen, before))
+        print(name, one.round(3), other.round(3), default.round(3))
+    for name in ("roi", "box", "mass outside"):
+        one, other = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen))
+        assert np.abs(np.log(other / one)).max() < np.log(1.5), name
+    for name, tolerance in (("dice", 0.06), ("background", 0.6), ("spots", 0.8)):
+        one, other = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen))
+        assert np.abs(other - one).max() < tolerance, name
 
 
 @pytest.mark.slow

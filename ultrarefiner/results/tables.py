@@ -16,7 +16,7 @@ from ultrarefiner.files import read_json
 
 FILES = (
     ("cases.csv", "every test case"),
-    ("overlays.png", "worst, median and best cases"),
+    ("overlays.png", "worst, median and best cases, and those harmed most"),
     ("curves.png", "training curves"),
     ("checkpoints", "best and last weights"),
 )

@@ -88,30 +88,39 @@ class Outcome:
         """How many test cases the weights knew before, ours and a publisher's, and the first; see `allow_seen`."""
         refiner = self.phase.cascade.refiner
         published = getattr(refiner.sam, "trained_on", ()) if refiner is not None else ()
-        known = {case.key: case for case in self.run.data.tested_of(self.seen)}
+        known = {case.key: case for case in self.run.data.known("test", self.seen)}
         known |= {case.key: case for case in self.run.data.split.test if case.dataset in published}
         return {"test_cases": len(known), "first": next(iter(known.values())).id} if known else None
 
     def _draw(self) -> dict[str, Path]:
-        """The curves of the training, and the worst, median and best test cases."""
+        """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
         baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
-        judged = f"{phase.judged_by}_dice"
-        chosen = [rows[i]["index"] for i in pictures.pick_worst_median_best([row[judged] for row in rows], 2)]
         scores = {row["index"]: row for row in rows}
+        chosen = self._chosen(rows)
         test = data.dataset("test", native=True)
         sheet = []
-        for index in chosen:
+        for index, _ in chosen:
             masks = native_masks(phase.predict, collate([test[index]]))[0]
             case = data.split.test[index]
             image, _ = data.reader.read(case)
             caption = "  ".join(f"{w} {scores[index][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
             sheet.append((case.id, image, masks["truth"], masks.get("coarse"), masks.get("refined"), f"Dice {caption}"))
-        pictures.overlay_sheet(sheet, drawn["overlays"])
+        pictures.overlay_sheet(sheet, drawn["overlays"], [label for _, label in chosen])
         return drawn
+
+    def _chosen(self, rows: Rows) -> list[tuple[int, str]]:
+        """The positions of the cases that are worth a look, and why: two of each kind."""
+        judged = [row[f"{self.phase.judged_by}_dice"] for row in rows]
+        picked = pictures.pick_worst_median_best(judged, 2)
+        chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.rank_labels(len(picked)), strict=True)]
+        if rows and {"coarse_dice", "refined_dice"} <= set(rows[0]):
+            before, after = ([row[f"{mask}_dice"] for row in rows] for mask in MASKS)
+            chosen += [(rows[i]["index"], "harmed most") for i in pictures.pick_most_harmed(before, after, 2)]
+        return chosen
 
 
 def _save_networks(phase: Phase, folder: Path) -> None:
@@ -135,8 +144,9 @@ def _cases(run: Run, rows: Rows, baseline: Rows | None) -> list[dict[str, Any]]:
     for position, row in enumerate(rows):
         case = run.data.split.test[row["index"]]
         about = {"id": case.id, "patient": case.patient, "dataset": case.dataset, "label": case.label}
-        before = {} if baseline is None else {f"baseline_{name}": value for name, value in baseline[position].items()}
-        found.append({name: value for name, value in (about | row | before).items() if not name.endswith("index")})
+        scores = {} if baseline is None else baseline[position]
+        before = {f"baseline_{name}": value for name, value in scores.items() if name.startswith(MASKS)}
+        found.append({name: value for name, value in (about | row | before).items() if name != "index"})
     return found
 
 
