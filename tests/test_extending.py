@@ -141,6 +141,21 @@ def test_a_phase_of_its_own_may_start_from_phase_1(own, train, tmp_path):
     assert before and all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_a_phase_of_its_own_may_do_what_phase_2_does_and_more(own):
+    (own / "more.py").write_text(
+        "from ultrarefiner.phases.sam import SamPhase\n\n\n"
+        "class More(SamPhase):\n"
+        "    def __init__(self, cascade, *, own, **known):\n"
+        "        super().__init__(cascade, **known)\n"
+        "        self.own = own\n"
+    )
+    option = "defaults: [schema, sam, _self_]\nname: more\n_target_: more.More\nown: 3\n"
+    (own / "options" / "phase" / "more.yaml").write_text(option)
+    run = configured(own, "phase=more", "phase.own=4", "phase.bce_weight=2")
+    built = prepare(run).phase
+    assert (built.own, built.bce_weight) == (4, 2) and run.data.simulator is not None
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
