@@ -108,7 +108,7 @@ def _most_covered(mask: NDArray[Any], coverage: NDArray[Any]) -> int:
     rows, columns = np.nonzero(mask)
     row = int((rows.mean() + 0.5) / mask.shape[0] * size)
     column = int((columns.mean() + 0.5) / mask.shape[1] * size)
-    return row * size + column
+    return int(row * size + column)
 
 
 def _decode(path: Path) -> NDArray[Any]:
@@ -189,4 +189,4 @@ def _eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W"]:
     high = values.max()
     if low == 0 and high <= 255 and pixels.dtype.kind != "f":
         return pixels.astype(np.uint8)
-    return np.round((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.asarray(np.round((values - low) * (255 / max(high - low, 1e-12))), dtype=np.uint8)
