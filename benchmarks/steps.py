@@ -37,7 +37,8 @@ def batch_of(images: int, device: str = "cpu") -> dict[str, Tensor]:
         for prefix, size in (("", 512), ("coarse_", 224)):
             planes[f"{prefix}image"].append(torch.from_numpy(to_square(image, size).copy()).float()[None] / 255)
             planes[f"{prefix}mask"].append(torch.from_numpy(mask_to_square(mask, size)).float()[None])
-    return {name: torch.stack(values).to(device) for name, values in planes.items()}
+    batch = {name: torch.stack(values) for name, values in planes.items()} | {"aspect": torch.ones(images)}
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def our_phase(gradient: list[str], device: str = "cpu") -> E2EPhase:

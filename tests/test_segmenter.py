@@ -53,7 +53,7 @@ def test_it_agrees_with_the_phases_own_prediction_to_the_bit(e2e):
     cascade = segmenter.cascade
 
     def predict(batch):
-        out = cascade(batch["coarse_image"], batch["image"])
+        out = cascade(batch["coarse_image"], batch["image"], batch["aspect"])
         return {"coarse": lesion_logit(out.coarse_logits), "refined": out.refined.logits}
 
     for batch in data.test_dataloader():

@@ -69,7 +69,7 @@ def test_the_defaults_are_those_of_the_published_recipe():
         0.01,
         0,
     )
-    assert cfg.roi.expand_ratio == 0.2 and cfg.roi.k == 2.5 and cfg.prompt_style.box_k == 2.5
+    assert cfg.roi.square and cfg.roi.k == 2.5 and cfg.prompt_style.box_k == 2.5
 
 
 MISTAKES = {

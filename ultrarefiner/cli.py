@@ -4,6 +4,7 @@ Imports neither torch nor anything that does.
 """
 
 import difflib
+import io
 import os
 import re
 import signal
@@ -44,6 +45,9 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     A mistake of the user ends with one sentence on stderr and status 1, an interrupt with status 130; anything else is
     a bug and keeps its stack trace. SIGTERM is an interrupt too (status 143).
     """
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may not know → and ┃: no reason to end a training
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return

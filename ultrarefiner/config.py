@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from ultrarefiner.settings import BRIDGE, COARSE, SAM, about, setting
 
@@ -71,6 +71,16 @@ class PromptDefaults:
 
 
 @dataclass
+class RoiDefaults:
+    """What a model is best shown of a lesion; `roi=on` takes it from here."""
+
+    expand_ratio: float = setting(0.5, at_least=0)
+    """Growth of the lesion's box on every side, of its own size."""
+    square: bool = True
+    """Show a square of native pixels; false stretches the lesion's own box to a square."""
+
+
+@dataclass
 class TrainedParts:
     """Which parts of SAM Phases 2 and 3 move; LoRA terms always do."""
 
@@ -100,6 +110,8 @@ class ModelConfig:
     """Side of the frame that crops are taken from, px."""
     coarse_size: int = setting(224, of=(COARSE, SAM), fits=True, at_least=16, at_most=8192)
     """Side of the coarse network's input and output, px."""
+    frame: str = setting("pad", result=False, one_of=("pad", "stretch"))
+    """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
     coarse: dict[str, Any] = setting(of=(COARSE,), fits=True)
     coarse_weights: str | None = setting(None, of=(COARSE,))
     """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
@@ -114,6 +126,7 @@ class ModelConfig:
     """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
     roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
     selection_temperature: float = setting(0.1, of=(SAM,), above=0)
+    roi: RoiDefaults = setting(RoiDefaults, result=False)
     prompts: PromptDefaults = setting(PromptDefaults, result=False)
     schedule: Schedules = setting(Schedules, result=False)
 
@@ -139,9 +152,11 @@ class LesionRoiConfig:
 
     name: str = "on"
     _target_: str = "ultrarefiner.refine.roi.LesionRoi"
-    expand_ratio: float = setting(0.2, at_least=0)
+    expand_ratio: float = setting(at_least=0)
     k: float = setting(2.5, above=0)
     min_size: float = setting(0.1, above=0, at_most=1)
+    square: bool = MISSING
+    temperature: float = setting(above=0, at_most=1)
 
 
 @dataclass
@@ -149,7 +164,8 @@ class FullFrameConfig:
     """roi=off: SAM looks at the whole frame."""
 
     name: str = "off"
-    _target_: str = "ultrarefiner.refine.roi.FullFrame"
+    _target_: str = "ultrarefiner.refine.roi.FullFrame.of"
+    frame: str = MISSING
 
 
 @dataclass
@@ -365,6 +381,8 @@ class SimulateConfig:
 def register() -> None:
     """Make the schemas known to Hydra under the name `schema` of their groups."""
     store = ConfigStore.instance()
+    # A phase of a user's own has keys of its own besides those of every phase; its class refuses the misspelt ones.
+    any_phase = OmegaConf.structured(PhaseConfig, flags={"struct": False})
     store.store(name="schema", node=Config)
     store.store(name="schema_prepare", node=PrepareConfig)
     store.store(name="schema_simulate", node=SimulateConfig)
@@ -374,6 +392,7 @@ def register() -> None:
         ("roi", "schema_on", LesionRoiConfig),
         ("roi", "schema_off", FullFrameConfig),
         ("protection", "schema", ProtectionConfig),
+        ("phase", "schema", any_phase),
         ("phase", "schema_coarse", CoarsePhaseConfig),
         ("phase", "schema_sam", SamPhaseConfig),
         ("phase", "schema_e2e", E2EPhaseConfig),

@@ -124,7 +124,8 @@ class Segmenter:
             raise UserError("this run has no coarse network (phase=sam): give a coarse mask with each image")
         if self.cascade.refiner is None:
             return [_describe(p, logit, None, None, None) for p, logit in zip(pictures, coarse_logits, strict=True)]
-        refined = self.cascade.refine(frames, coarse_logits)
+        aspect = torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures], device=self.device)
+        refined = self.cascade.refine(frames, coarse_logits, aspect=aspect)
         parts = zip(pictures, coarse_logits, refined.logits, refined.boxes, refined.iou, strict=True)
         return [_describe(*part) for part in parts]
 

@@ -264,7 +264,7 @@ def test_a_lesion_stays_in_the_frame():
 def test_items_are_as_promised(tmp_path):
     data = module(tmp_path, augment=Augment(), simulator=simulator)
     item = data.dataset("train", Augment())[(3, 1)]
-    assert set(item) == {"image", "mask", "coarse_image", "coarse_mask", "prob", "index", "id"}
+    assert set(item) == {"image", "mask", "coarse_image", "coarse_mask", "prob", "index", "id", "aspect"}
     for key, size in (("image", 64), ("mask", 64), ("coarse_image", 32), ("coarse_mask", 32), ("prob", 32)):
         assert item[key].shape == (1, size, size) and item[key].dtype == torch.float32
         assert item[key].min() >= 0 and item[key].max() <= 1
@@ -280,6 +280,7 @@ def test_items_are_as_promised(tmp_path):
         "coarse_mask",
         "index",
         "id",
+        "aspect",
     }
 
 

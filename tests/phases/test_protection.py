@@ -63,6 +63,7 @@ def small_batch(seed: int = 1) -> dict:
         "mask": mask,
         "coarse_image": torch.rand(2, 1, 12, 12),
         "coarse_mask": mask[..., ::2, ::2],
+        "aspect": torch.tensor([0.8, 1.25]),
         "id": ["a", "b"],
     }
 
@@ -192,8 +193,10 @@ def test_settings_that_protect_nothing_are_refused():
         e2e(small_cascade(), freeze_epochs=1, sam_freeze_epochs=1)
 
 
-class FakeTrainer:
-    callbacks = ()
+class FakeTrainer(pl.Trainer):
+    """A trainer that only holds what is put into it."""
+
+    callbacks, callback_metrics, optimizers, current_epoch = (), {}, (), 0  # in place of properties
 
     def __init__(self, dice: float, optimizers: tuple = ()) -> None:
         self.callback_metrics = {"val/coarse/dice": torch.tensor(dice)}

@@ -43,8 +43,11 @@ def start(root: Path, *arguments: str, trouble: Path | None = None, by: tuple[st
 
 def train(root: Path, *arguments: str, trouble: Path | None = None, by: tuple[str, ...] = ()) -> tuple[int, str, str]:
     """Status, output and errors of a training."""
-    process = start(root, *arguments, trouble=trouble, by=by)
-    out, err = process.communicate(timeout=280)
+    with start(root, *arguments, trouble=trouble, by=by) as process:
+        try:
+            out, err = process.communicate(timeout=280)
+        finally:
+            process.kill()
     return process.returncode, out, err
 
 
@@ -72,7 +75,7 @@ def helpers(root: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if b"ultrarefiner.runs.launch" in words and str(root) in Path(words[-2].decode()).read_text():
+            if b"ultrarefiner.runs.worker" in words and str(root) in Path(words[-2].decode()).read_text():
                 found.append(int(process.name))
         except OSError:  # it has ended
             continue

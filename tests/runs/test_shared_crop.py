@@ -40,7 +40,8 @@ def batch_of(images: int, several: int) -> dict[str, Tensor]:
     image = torch.rand(images, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     truth = (blobs(images) > 0.5).float()
     prob = blobs(images * several).view(images, several, 64, 64)
-    return {"image": image, "mask": truth, "coarse_mask": truth, "prob": prob}
+    aspect = torch.linspace(0.7, 1.4, images)
+    return {"image": image, "mask": truth, "coarse_mask": truth, "prob": prob, "aspect": aspect}
 
 
 def test_the_box_covers_all_of_an_image_and_grows_by_its_margins():
@@ -53,7 +54,8 @@ def test_the_box_covers_all_of_an_image_and_grows_by_its_margins():
 
 @pytest.mark.parametrize("roi", ["on", "off"])
 def test_one_mask_is_the_plain_behaviour_bit_by_bit(roi):
-    phase, batch = phase_of(f"roi={roi}"), batch_of(3, 1)
+    stretched = ("model.frame=stretch", "model.roi.square=false")
+    phase, batch = phase_of(f"roi={roi}", *stretched), batch_of(3, 1)
     refiner, prob = phase.cascade.refiner, torch.sigmoid(soft_logit(batch["prob"]))
     sam, boxes = refiner.sam, refiner.roi.boxes(prob)
     prompts = refiner.prompts(crop(prob, boxes, sam.mask_size), sam.mask_size)
@@ -108,7 +110,7 @@ def test_the_crop_is_encoded_once_and_covers_every_box(monkeypatch):
     sizes = []
     refiner = phase.cascade.refiner
     encode = refiner.sam.encode
-    monkeypatch.setattr(refiner.sam, "encode", lambda x: (sizes.append(len(x)), encode(x))[1])
+    monkeypatch.setattr(refiner.sam, "encode", lambda x, inside: (sizes.append(len(x)), encode(x, inside))[1])
     torch.manual_seed(3)
     margins = 0.1 * torch.rand(2, 4)
     prob = batch["prob"].flatten(0, 1)[:, None]

@@ -135,14 +135,15 @@ class DataModule(pl.LightningDataModule):
         position = {case.key: i for i, case in enumerate(cases)}
         return marks_of(index, [position[case.key] for case in self.split.part(part)])
 
-    def tested_of(self, seen: Seen) -> list[Case]:
-        """The test cases that something has seen.
+    def known(self, part: str, seen: Seen) -> list[Case]:
+        """The cases of "val" or "test" that weights know: that they were trained on or, of test, chosen by.
 
-        What it shares with the training and validation cases is proven to be no test case already; so are those that
-        look like one of them to the short marks.
+        What was seen and lies in an earlier part here is proven to be none of these cases; so is what looks like it to
+        the short marks.
         """
-        own = [*self.marks("train"), *self.marks("val")]
-        return [self.split.test[i] for i in seen.without(own).among(self.marks("test"))]
+        earlier = [mark for other in PARTS[: PARTS.index(part)] for mark in self.marks(other)]
+        seen = (seen if part == "test" else Seen(seen.trained)).without(earlier)
+        return [self.split.part(part)[i] for i in seen.among(self.marks(part))]
 
     @cached_property
     def left_out(self) -> tuple[Exclusion, ...]:
@@ -231,7 +232,8 @@ class DataModule(pl.LightningDataModule):
         index, frames = self._opened
         positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
-        return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full)
+        aspects = [entry.width / max(entry.height, 1) for entry in index.entries]
+        return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
 def _one_thread(_: int) -> None:

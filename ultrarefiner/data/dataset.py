@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from ultrarefiner.data.augment import Augment, Change
@@ -27,20 +27,22 @@ class Source:
         native: masks at native size.
         coarse: frames at the coarse network's size C.
         full: frames at S; None where nobody needs them.
+        aspects: native width / height by position, as the frames are stretched to squares.
     """
 
     positions: Mapping[tuple[str, str], int]
     native: NativeMasks
     coarse: Frames
     full: Frames | None
+    aspects: Sequence[float]
 
 
 class Cases(Dataset[dict[str, Any]]):
     """Cases as dictionaries.
 
     "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (K, C, C): float32 in [0, 1];
-    "index" int, "id" str, and "native_mask" bool (H, W). image and mask need ``source.full``, prob a simulator,
-    native_mask ``native=True``.
+    "aspect" float32, native width / height; "index" int, "id" str, and "native_mask" bool (H, W). image and mask need
+    ``source.full``, prob a simulator, native_mask ``native=True``.
 
     Args:
         cases: the cases, in order.
@@ -91,7 +93,8 @@ class Cases(Dataset[dict[str, Any]]):
         if self.augment is not None:
             change = self.augment.draw(np.random.default_rng([self.seed, epoch, index]), pairs["coarse_"][1])
             pairs = {prefix: change(image, mask) for prefix, (image, mask) in pairs.items()}
-        item: dict[str, Any] = {"index": index, "id": case.id}
+        aspect = torch.tensor(self.source.aspects[position], dtype=torch.float32)
+        item: dict[str, Any] = {"index": index, "id": case.id, "aspect": aspect}
         for prefix, (image, mask) in pairs.items():
             item[f"{prefix}image"] = as_tensor(image)
             item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
@@ -106,7 +109,7 @@ class Cases(Dataset[dict[str, Any]]):
 
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
-    ) -> Float32[np.ndarray, "C C"]:
+    ) -> Float[np.ndarray, "C C"]:
         """A prediction for the (changed) mask: a real one or one from a file, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
         if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:

@@ -5,7 +5,6 @@ draws the folds (BUS-BRA) these are used; else a test set is cut off by group fi
 rest is dealt out to the folds, each class and lesion size in its share.
 """
 
-import csv
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.duplicates import components, near_duplicates
 from ultrarefiner.data.index import Index
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import write_csv
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,14 @@ def leaks(split: Split, cases: Sequence[Case], index: Index) -> list[str]:
 
 def save_split(split: Split, path: Path) -> None:
     """Write the split as CSV: part, dataset, id, patient, label."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["part", "dataset", "id", "patient", "label"])
-        for part in (*PARTS, HELD):
-            table.writerows([part, case.dataset, case.id, case.patient or "", case.label] for case in split.part(part))
+    write_csv(
+        path,
+        (
+            {"part": part, "dataset": case.dataset, "id": case.id, "patient": case.patient, "label": case.label}
+            for part in (*PARTS, HELD)
+            for case in split.part(part)
+        ),
+    )
 
 
 def _official(case: Case, fold: int) -> str:

@@ -179,7 +179,7 @@ def luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
     return np.asarray(Image.fromarray(pixels).convert("L"))
 
 
-def _eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W"]:
+def _eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W *colours"]:
     if pixels.dtype == np.uint8:
         return pixels
     values = pixels.astype(np.float64)

@@ -78,19 +78,30 @@ class Cascade(nn.Module):
         image: Float[Tensor, "B 1 S S"],
         coarse_logit: Float[Tensor, "P 1 C C"],
         margins: Float[Tensor, "B 4"] | None = None,
+        aspect: Float[Tensor, " B"] | None = None,
     ) -> Refinement:
         """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
         coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
-        refined = self.refiner(image, torch.sigmoid(coarse_logit), margins)
+        refined = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)
         each = image.repeat_interleave(len(coarse_logit) // len(image), dim=0)
         return refined._replace(logits=self.gate(coarse_frame, refined.logits, each))
 
-    def forward(self, coarse_image: Float[Tensor, "B 1 C C"], image: Float[Tensor, "B 1 S S"]) -> CascadeOutput:
-        """The coarse logits and the redrawn mask of images in [0, 1], given at both sizes."""
+    def forward(
+        self,
+        coarse_image: Float[Tensor, "B 1 C C"],
+        image: Float[Tensor, "B 1 S S"],
+        aspect: Float[Tensor, " B"] | None = None,
+    ) -> CascadeOutput:
+        """The coarse logits and the redrawn mask of images in [0, 1], given at both sizes.
+
+        Args:
+            coarse_image, image: the images, stretched to squares.
+            aspect: their native width / height, see `Refiner.forward`.
+        """
         assert self.coarse is not None
         coarse_logits = self.coarse(coarse_image)
-        return CascadeOutput(coarse_logits, self.refine(image, lesion_logit(coarse_logits)))
+        return CascadeOutput(coarse_logits, self.refine(image, lesion_logit(coarse_logits), aspect=aspect))

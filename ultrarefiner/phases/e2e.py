@@ -92,7 +92,7 @@ class E2EPhase(Phase):
 
     def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The coarse loss at the coarse size, the refined loss in the frame, and the pull towards Phase 1."""
-        out = self.cascade(batch["coarse_image"], batch["image"])
+        out = self.cascade(batch["coarse_image"], batch["image"], batch["aspect"])
         coarse = coarse_terms(out.coarse_logits, batch["coarse_mask"], self.ce_weight, self.coarse_dice_weight)["loss"]
         refined = self.bce_weight * losses.bce(out.refined.logits, batch["mask"])
         refined = refined + self.dice_weight * losses.soft_dice_loss(out.refined.logits.sigmoid(), batch["mask"])
@@ -105,7 +105,7 @@ class E2EPhase(Phase):
 
     def masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The coarse mask and what SAM makes of it."""
-        out = self.cascade(batch["coarse_image"], batch["image"])
+        out = self.cascade(batch["coarse_image"], batch["image"], batch["aspect"])
         return {"coarse": lesion_logit(out.coarse_logits), "refined": out.refined.logits}
 
     def on_validation_epoch_end(self) -> None:

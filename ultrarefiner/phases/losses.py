@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ultrarefiner.refine.moments import precise
-from ultrarefiner.refine.roi import crop
+from ultrarefiner.refine.roi import coverage, crop, image_within
 
 
 def soft_dice_loss(prob: Float[Tensor, "B 1 H W"], target: Float[Tensor, "B 1 H W"]) -> Float[Tensor, ""]:
@@ -74,10 +74,11 @@ def iou_head_loss(
     target: Float[Tensor, "B 1 S S"],
     boxes: Float[Tensor, "B 4"],
 ) -> Float[Tensor, ""]:
-    """MSE between the IoU that SAM predicts for each candidate mask and the IoU that it has, inside the box."""
+    """MSE between the IoU that SAM predicts for each candidate mask and the IoU that it has, inside box and image."""
     with torch.no_grad():
-        truth = crop(target, boxes, masks.shape[-1]) > 0.5
-        drawn = masks > 0
+        inside = coverage(image_within(boxes), masks.shape[-1]) > 0.5
+        truth = inside & (crop(target, boxes, masks.shape[-1]) > 0.5)
+        drawn = inside & (masks > 0)
         union = (drawn | truth).flatten(2).sum(2)
         actual = torch.where(union > 0, (drawn & truth).flatten(2).sum(2) / union.clamp(min=1), 1.0)
     return F.mse_loss(precise(iou), actual)

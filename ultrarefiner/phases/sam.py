@@ -71,7 +71,7 @@ class SamPhase(Phase):
         coarse = batch["prob"].flatten(0, 1)[:, None]
         target, coarse_target = (batch[name].repeat_interleave(several, dim=0) for name in ("mask", "coarse_mask"))
         margins = MARGIN * torch.rand(images, 4).to(coarse) if several > 1 else None
-        refined = self.cascade.refine(batch["image"], soft_logit(coarse), margins)
+        refined = self.cascade.refine(batch["image"], soft_logit(coarse), margins, batch["aspect"])
         prob, pixel = refined.logits.sigmoid(), losses.pixel_bce(refined.logits, target)
         terms = {
             "bce": pixel.mean(),
@@ -86,4 +86,4 @@ class SamPhase(Phase):
     def masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The simulated coarse mask and what SAM makes of it."""
         coarse = soft_logit(batch["prob"])
-        return {"coarse": coarse, "refined": self.cascade.refine(batch["image"], coarse).logits}
+        return {"coarse": coarse, "refined": self.cascade.refine(batch["image"], coarse, aspect=batch["aspect"]).logits}

@@ -61,6 +61,14 @@ def mask_moments(prob: Float[Tensor, "B 1 H W"]) -> Moments:
     return Moments(mass, torch.stack([cx, cy], 1), torch.stack([sx, sy], 1))
 
 
+def sharpen(prob: Float[Tensor, "B 1 H W"], temperature: float) -> Float[Tensor, "B 1 H W"]:
+    """sigmoid(logit(P) / temperature) without the logit: < 1 pushes a timid map towards 0 and 1, 1 is the identity."""
+    if temperature == 1:
+        return prob
+    foreground, background = prob ** (1 / temperature), (1 - prob) ** (1 / temperature)
+    return foreground / (foreground + background)
+
+
 def spread_box(moments: Moments, half_widths: float | Tensor) -> Float[Tensor, "B 4"]:
     """The box centre ± half_widths·σ, not yet clamped to the frame."""
     half = moments.spread * half_widths

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ultrarefiner.refine.moments import EMPTY_MASS, mask_moments, pixel_centres, precise, spread_box
+from ultrarefiner.refine.moments import (
+    EMPTY_MASS,
+    mask_moments,
+    pixel_centres,
+    precise,
+    sharpen,
+    spread_box,
+)
 
 # Width of the soft box's edge as a fraction of the frame: two pixels of a 224-pixel map.
 BOX_EDGE = 0.01
@@ -22,14 +29,6 @@ class PromptSet(NamedTuple):
     labels: Int[Tensor, "B N"] | None
     boxes: Float[Tensor, "B 4"] | None
     masks: Float[Tensor, "B 1 M M"] | None
-
-
-def sharpen(prob: Float[Tensor, "B 1 H W"], temperature: float) -> Float[Tensor, "B 1 H W"]:
-    """sigmoid(logit(P) / temperature) without the logit: < 1 pushes a timid map towards 0 and 1, 1 is the identity."""
-    if temperature == 1:
-        return prob
-    foreground, background = prob ** (1 / temperature), (1 - prob) ** (1 / temperature)
-    return foreground / (foreground + background)
 
 
 def foreground_point(prob: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 1 2"]:
@@ -129,6 +128,10 @@ class DistanceMaskPrompt(nn.Module):
         return _as_mask_input((2 * prob - 1) * weight * LOGIT_RANGE, size)
 
 
+def _moved_inside(points: Float[Tensor, "B N 2"], box: Float[Tensor, "B 4"]) -> Float[Tensor, "B N 2"]:
+    return points.clamp(box[:, None, :2], box[:, None, 2:])
+
+
 class Prompts(nn.Module):
     """All prompts of one map, each of which can be switched off.
 
@@ -166,13 +169,25 @@ class Prompts(nn.Module):
         self.point, self.negative_point, self.box = point, negative_point, box
         self.box_k, self.temperature = box_k, temperature
 
-    def forward(self, prob: Float[Tensor, "B 1 H W"], mask_size: int) -> PromptSet:
-        """The prompts of a map in [0, 1]; the mask prompt is mask_size pixels wide and high."""
+    def forward(
+        self, prob: Float[Tensor, "B 1 H W"], mask_size: int, image: Float[Tensor, "B 4"] | None = None
+    ) -> PromptSet:
+        """The prompts of a map; points and box lie inside the image.
+
+        Args:
+            prob: probabilities in [0, 1], 0 outside the image.
+            mask_size: width and height of the mask prompt in pixels.
+            image: the box of the map that is image, the rest being padding; None: all of it.
+        """
         sharp = sharpen(precise(prob), self.temperature)
         box = soft_box(sharp, self.box_k)
+        if image is not None:
+            box = _moved_inside(box.unflatten(1, (2, 2)), image).flatten(1)
         points = [foreground_point(sharp)] if self.point else []
         if self.negative_point:
             points.append(background_point(sharp, box))
+        if image is not None:  # the points of an empty map, and those whose box has a soft edge in the padding
+            points = [_moved_inside(point, image) for point in points]
         labels = torch.tensor([1, 0][: len(points)], device=prob.device).expand(len(prob), -1)
         return PromptSet(
             points=torch.cat(points, 1) if points else None,

@@ -1,6 +1,6 @@
 """The refiner: a probability map and an image in, a redrawn mask out, differentiable from end to end."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from ultrarefiner.refine.moments import precise
 from ultrarefiner.refine.prompts import Prompts
-from ultrarefiner.refine.roi import covering, crop, paste
+from ultrarefiner.refine.roi import coverage, covering, crop, image_within, paste
 
 
 class Roi(Protocol):
     """Anything that says where to look."""
 
-    def boxes(self, prob: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 4"]:
-        """Boxes (x1, y1, x2, y2) in [0, 1]."""
+    keeps_aspect: bool
+    """Whether its boxes are squares in native pixels, which may leave the image."""
+
+    def boxes(self, prob: Float[Tensor, "B 1 H W"], aspect: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B 4"]:
+        """Boxes (x1, y1, x2, y2), in [0, 1] over the image."""
 
 
 class PromptableModel(Protocol):
@@ -24,12 +27,14 @@ class PromptableModel(Protocol):
     image_size: int
     mask_size: int
 
-    def encode(self, image: Float[Tensor, "B 1 size size"]) -> Float[Tensor, "B C h w"]:
-        """The embedding of images in [0, 1]."""
+    def encode(
+        self, image: Float[Tensor, "B 1 size size"], inside: Float[Tensor, "B 1 size size"] | None = None
+    ) -> Any:
+        """The embedding of images in [0, 1], for `decode`; `inside`: which pixels are image and not padding."""
 
     def decode(
         self,
-        embedding: Float[Tensor, "B C h w"],
+        embedding: Any,
         points: Float[Tensor, "P N 2"] | None,
         labels: Int[Tensor, "P N"] | None,
         boxes: Float[Tensor, "P 4"] | None,
@@ -92,20 +97,27 @@ class Refiner(nn.Module):
         self.selection_temperature = selection_temperature
         self.gradient = gradient
 
-    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C h w"]:
+    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Any:
         """The embedding of what each box shows, taken from the frame at its native detail."""
-        sam: PromptableModel = self.sam  # type: ignore[assignment]
         if self.gradient == "exact":
-            return sam.encode(crop(image, boxes, sam.image_size))
+            return self._encode(image, boxes)
         trained = any(p.requires_grad for p in self.sam.image_encoder.parameters())  # type: ignore[union-attr]
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return sam.encode(crop(image, boxes.detach(), sam.image_size))
+            return self._encode(image, boxes.detach())
+
+    def _encode(self, image: Tensor, boxes: Tensor) -> Any:
+        sam: PromptableModel = self.sam  # type: ignore[assignment]
+        shown = crop(image, boxes, sam.image_size)
+        if not self.roi.keeps_aspect:  # then nothing can lie outside
+            return sam.encode(shown)
+        return sam.encode(shown, coverage(image_within(boxes), sam.image_size))
 
     def forward(
         self,
         image: Float[Tensor, "B 1 S S"],
         prob: Float[Tensor, "P 1 h w"],
         margins: Float[Tensor, "B 4"] | None = None,
+        aspect: Float[Tensor, " B"] | None = None,
     ) -> Refinement:
         """Redraw the masks that `prob` proposes: P = B, one for each image; or P = B·n, n neighbouring ones for each.
 
@@ -115,6 +127,7 @@ class Refiner(nn.Module):
             image: the frame in [0, 1], S × S pixels.
             prob: the coarse probability maps in [0, 1], at the coarse network's resolution.
             margins: see `roi.covering`.
+            aspect: native width / height of each image, where the ROI keeps it; None: square images.
 
         Raises:
             ValueError: P is no multiple of B.
@@ -122,9 +135,16 @@ class Refiner(nn.Module):
         if len(prob) % len(image):
             raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        shared = covering(self.roi.boxes(prob), len(image), margins)  # type: ignore[operator]
-        boxes = shared.repeat_interleave(len(prob) // len(image), dim=0)
-        prompts = self.prompts(crop(prob, boxes, sam.mask_size), sam.mask_size)
+        several = len(prob) // len(image)
+        aspect = precise(prob).new_ones(len(image)) if aspect is None else aspect
+        single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
+        shared = covering(single, len(image), margins, aspect if self.roi.keeps_aspect else None)
+        boxes = shared.repeat_interleave(several, dim=0)
+        seen, within = crop(prob, boxes, sam.mask_size), None
+        if self.roi.keeps_aspect:  # what lies outside the image is background, and no place for a prompt
+            within = image_within(boxes)
+            seen = seen * coverage(within, sam.mask_size)
+        prompts = self.prompts(seen, sam.mask_size, within)
         masks, iou = sam.decode(self.encode(image, shared), *prompts)
         chosen = select(masks, iou, self.selection_temperature)
         return Refinement(paste(chosen, boxes, image.shape[-1]), boxes, masks, iou)

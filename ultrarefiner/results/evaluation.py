@@ -26,7 +26,8 @@ def native_masks(predict: Predict, batch: dict[str, Any]) -> list[dict[str, Bool
 
 
 def evaluate(predict: Predict, loader: Iterable[dict[str, Any]]) -> Rows:
-    """One row for each case, in order: its index, and every metric of every mask, such as "refined_hd95" (image px).
+    """One row for each case, in order: its index, the area of its lesion ("lesion_px", 0 in a normal image), and every
+    metric of every mask, such as "refined_hd95" (image px).
 
     Args:
         predict: see `Predict`.
@@ -35,7 +36,7 @@ def evaluate(predict: Predict, loader: Iterable[dict[str, Any]]) -> Rows:
     rows: Rows = []
     for batch in loader:
         for index, masks in zip(batch["index"], native_masks(predict, batch), strict=True):
-            row: dict[str, Any] = {"index": int(index)}
+            row: dict[str, Any] = {"index": int(index), "lesion_px": int(masks["truth"].sum())}
             for which in MASKS:
                 if which in masks:
                     scores = metrics.overlap(masks[which], masks["truth"])

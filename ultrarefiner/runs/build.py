@@ -21,6 +21,7 @@ from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import Sam
+from ultrarefiner.models.weights import load_strictly, read_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
@@ -155,8 +156,24 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     coarse = build(cfg.model.coarse, "model.coarse")
     weights = file or cfg.model.coarse_weights
     if weights is not None:
-        (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
+        load_coarse(coarse, Path(weights).expanduser())
+    assert isinstance(coarse, torch.nn.Module)
     return coarse
+
+
+def load_coarse(coarse: torch.nn.Module, path: Path) -> None:
+    """Give a coarse network the weights in a file: in its own way where it has one, else name by name.
+
+    Raises:
+        UserError: the file is unreadable, or not of this network.
+    """
+    way = "load_npz" if path.suffix == ".npz" else "load_official"
+    if hasattr(coarse, way):
+        getattr(coarse, way)(path)
+    elif way == "load_npz":
+        raise UserError(f"model.coarse_weights={path} is for a TransUNet; this coarse network takes a state_dict")
+    else:
+        load_strictly(coarse, read_state_dict(path), str(path))
 
 
 def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn.Module]:
@@ -205,8 +222,11 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
     cascade = phase.cascade
-    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
-    parts = {COARSE: {"cascade.coarse.": cascade.coarse}}
-    parts[SAM] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
-    for prefix, network in parts[name].items():
+    if name == COARSE:
+        networks = {"cascade.coarse.": cascade.coarse}
+    else:
+        assert cascade.refiner is not None
+        networks = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in networks.items():
+        assert network is not None
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -77,7 +77,8 @@ class SafeCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read without executing anything, whatever `weights_only` says."""
-        return load(path)
+        checkpoint: dict[str, Any] = load(path)
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""

@@ -144,7 +144,7 @@ def _parts(cfg: DictConfig) -> Iterator[DictConfig]:
 
 def _wants_predictions(phase: DictConfig) -> bool:
     """Whether a phase's configuration asks for out-of-fold predictions of Phase 1 (only Phase 2's can)."""
-    return wants_fit(phase) or phase.get("real_ratio", 0) > 0
+    return bool(wants_fit(phase) or phase.get("real_ratio", 0) > 0)
 
 
 def wants_fit(phase: DictConfig) -> bool:

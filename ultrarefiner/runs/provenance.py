@@ -29,7 +29,7 @@ def run_directory(cfg: DictConfig, settings: dict[str, Any]) -> Path:
     if "protection" in settings:
         names.append(f"protection_{cfg.protection.name}")
     leaf = f"fold{cfg.fold}-seed{cfg.seed}-{digest}"
-    return Path(cfg.output_root).expanduser() / cfg.dataset.name / cfg.model.name / "-".join(names) / leaf
+    return Path(cfg.output_root, cfg.dataset.name, cfg.model.name, "-".join(names), leaf).expanduser()
 
 
 @contextlib.contextmanager
