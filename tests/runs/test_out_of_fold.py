@@ -1,7 +1,6 @@
 """Real predictions in Phase 2: leak-free, reused, and part of a result's identity only where they are used."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from data_layouts import write_busbra
 from ultrarefiner import files
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.failures import FailureSimulator
+from ultrarefiner.data.failures import FailureSimulator, fit_bins
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.folds import Split, hold_out, save_split
 from ultrarefiner.data.predictions import Predictions
@@ -25,9 +24,10 @@ from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.prompts import soft_box
 from ultrarefiner.refine.roi import LesionRoi
-from ultrarefiner.runs import out_of_fold, training
+from ultrarefiner.runs import out_of_fold, start, training
 from ultrarefiner.runs.build import build_data
 from ultrarefiner.runs.experiment import run
+from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import plan
 
 FIT = ["phase=sam", "phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.5", "phase.parts=2"]
@@ -144,7 +144,8 @@ def test_phase_two_learns_from_out_of_fold_predictions(fitted):
     assert len(files) == len(data.split.train) and data.predictions.ratio == 0.5
     softness = data.simulator.softness
     assert isinstance(softness, Softness) and softness != Softness()
-    assert all(math.isfinite(value) for value in vars(softness).values())
+    assert all(np.isfinite(value).all() for value in vars(softness).values())
+    assert len(softness.background) > 5 and data.simulator.bins != FailureSimulator().bins
 
 
 def looks(pairs) -> dict[str, np.ndarray]:
@@ -174,27 +175,27 @@ def looks(pairs) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_phase_two_sees_what_phase_three_sees(fitted):
-    """Fitted, the simulator's masks are distributed as out-of-fold predictions of the same cases."""
-    data = fitted[2]["data"]
-    pairs = [
-        (data.predictions.load(case, 64), data._source.coarse.mask(data._source.positions[case.key]))
-        for case in data.split.train
-    ]
-    real = looks(pairs)
-    masks = [mask for _, mask in pairs]
-    seen = looks((data.simulator(masks[seed % len(masks)], seed), masks[seed % len(masks)]) for seed in range(400))
-    unfitted = FailureSimulator()
-    before = looks((unfitted(masks[seed % len(masks)], seed), masks[seed % len(masks)]) for seed in range(400))
-    for name in real:
-        one, other, default = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen, before))
-        print(name, one.round(3), other.round(3), default.round(3))
+def test_phase_two_sees_what_phase_three_sees(tmp_path):
+    """Fitted, the simulator's masks are distributed as a trained network's predictions of cases it has not seen."""
+    sizes = ["dataset.reader.cases=240", "dataset.reader.size=128", "model.image_size=64", "trainer.progress_bar=false"]
+    wanted = ["phase.softness=fit", "phase.bins=fit", "phase.parts=2", "phase.coarse.epochs=30"]
+    target = plan(compose("phase=sam", *wanted, *sizes, f"output_root={tmp_path}", micro=False))[-1]
+    predictor = target.predictors[0]
+    training.train(predictor, start.prepare(predictor), Deadline(None))
+    stored = Predictions(tmp_path / "predictions")
+    out_of_fold._predict(predictor, list(range(len(predictor.data.split.held))), stored)
+    pairs = list(out_of_fold._pairs(predictor.data.dataset("held"), stored))
+    simulator = FailureSimulator(softness=Softness.fit(pairs), bins=fit_bins(pairs))
+    masks = [pairs[seed % len(pairs)][1] for seed in range(400)]
+    real, seen = looks(pairs), looks((simulator(mask, seed), mask) for seed, mask in enumerate(masks))
+    quartiles = {name: [np.quantile(both[name], [0.25, 0.5, 0.75]) for both in (real, seen)] for name in real}
+    # With the softness fitted before the background was, and the seed's bins: mass 1.95, Dice 0.11, spots 1.6 apart.
     for name in ("roi", "box", "mass outside"):
-        one, other = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen))
-        assert np.abs(np.log(other / one)).max() < np.log(1.5), name
-    for name, tolerance in (("dice", 0.06), ("background", 0.6), ("spots", 0.8)):
-        one, other = (np.quantile(values[name], [0.25, 0.5, 0.75]) for values in (real, seen))
-        assert np.abs(other - one).max() < tolerance, name
+        one, other = quartiles[name]
+        assert np.abs(np.log(other / one)).max() < np.log(1.45), (name, one, other)
+    for name, tolerance in (("dice", 0.03), ("background", 0.4), ("spots", 0.8)):
+        one, other = quartiles[name]
+        assert np.abs(other - one).max() < tolerance, (name, one, other)
 
 
 @pytest.mark.slow

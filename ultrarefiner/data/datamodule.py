@@ -172,14 +172,14 @@ class DataModule(pl.LightningDataModule):
             "left_out": [f"{exclusion.what}: {exclusion.reason}" for exclusion in self.left_out],
         }
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         data = self.dataset("train", augment=self.augment)
         return self._loader(data, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("val", native=True), self.eval_batch_size, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("test", native=True), self.eval_batch_size, shuffle=False)
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
@@ -189,7 +189,7 @@ class DataModule(pl.LightningDataModule):
         cases = self.split.part(part)
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
 
-    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader:
+    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
         processes = ranks.size()
         if len(data) < processes:
             raise UserError(f"{self.reader.name}: {len(data)} cases are too few for {processes} processes")

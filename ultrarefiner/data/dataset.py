@@ -37,7 +37,7 @@ class Source:
     aspects: Sequence[float]
 
 
-class Cases(Dataset):
+class Cases(Dataset[dict[str, Any]]):
     """Cases as dictionaries.
 
     "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (K, C, C): float32 in [0, 1];

@@ -120,7 +120,9 @@ def group_cases(cases: Sequence[Case], index: Index) -> list[int]:
     return components(len(cases), links)
 
 
-def limit_split(split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping, seed: int) -> Split:
+def limit_split(
+    split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping[Any, int], seed: int
+) -> Split:
     """A seeded subset of whole groups of each part, no larger than its limit (but for a first group that is).
 
     Args:
@@ -141,7 +143,7 @@ def limit_split(split: Split, limits: Limits | Mapping[str, int | None] | None, 
     return replace(split, **chosen)
 
 
-def hold_out(split: Split, part: int, parts: int, groups: Mapping, seed: int) -> Split:
+def hold_out(split: Split, part: int, parts: int, groups: Mapping[Any, int], seed: int) -> Split:
     """Take one of ``parts`` out of the training cases, by whole groups, each class in its share.
 
     A network that is trained on what is left has never seen the part: its predictions of it are out-of-fold. The parts
@@ -277,7 +279,7 @@ def _draw(
 
 def _deal(
     groups: list[list[int]],
-    stratum: Callable[[list[int]], tuple],
+    stratum: Callable[[list[int]], tuple[Any, ...]],
     shares: Sequence[float],
     rng: np.random.Generator,
     at_least: Sequence[int],
@@ -289,11 +291,11 @@ def _deal(
     """
     shuffled = [groups[position] for position in rng.permutation(len(groups))]
     shuffled.sort(key=len, reverse=True)
-    total: Counter[tuple | None] = Counter({None: sum(map(len, groups))})  # None: over all strata
+    total: Counter[tuple[Any, ...] | None] = Counter({None: sum(map(len, groups))})  # None: over all strata
     for group in groups:
         total[stratum(group)] += len(group)
     parts: list[list[list[int]]] = [[] for _ in shares]
-    held: list[Counter[tuple | None]] = [Counter() for _ in shares]
+    held: list[Counter[tuple[Any, ...] | None]] = [Counter() for _ in shares]
     for group in shuffled:
         kind = stratum(group)
         missing = [
@@ -337,7 +339,9 @@ def _reconcile(cases: Sequence[Case], roles: Sequence[str], groups: Sequence[int
     return Split(train, val, test, tuple(left_out), moved)
 
 
-def _some(cases: tuple[Case, ...], limit: int | None, groups: Mapping, rng: np.random.Generator) -> tuple[Case, ...]:
+def _some(
+    cases: tuple[Case, ...], limit: int | None, groups: Mapping[Any, int], rng: np.random.Generator
+) -> tuple[Case, ...]:
     if limit is None or len(cases) <= limit:
         return cases
     by_group: dict[object, list[Case]] = defaultdict(list)

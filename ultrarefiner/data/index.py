@@ -67,7 +67,7 @@ class Index:
         record = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
-            "signatures_sha256": hashlib.sha256(np.ascontiguousarray(self.signatures)).hexdigest(),
+            "signatures_sha256": _digest(self.signatures),
             "cases": [asdict(entry) for entry in self.entries],
         }
         (folder / "index.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -83,7 +83,7 @@ class Index:
                 record["version"] == VERSION
                 and record["fingerprint"] == fingerprint
                 and len(entries) == len(signatures) == count
-                and record["signatures_sha256"] == hashlib.sha256(np.ascontiguousarray(signatures)).hexdigest()
+                and record["signatures_sha256"] == _digest(signatures)
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
@@ -139,6 +139,10 @@ def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
         for pixels in reader.read(computed):
             total.update(pixels.tobytes())
     return total.hexdigest()
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(memoryview(np.ascontiguousarray(array))).hexdigest()
 
 
 def _fault(image: np.ndarray, mask: np.ndarray) -> str:

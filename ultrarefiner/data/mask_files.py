@@ -88,8 +88,9 @@ class MaskFiles:
                     f"part {part}, the first is {bare[0]}; {_MORE}, with more samples"
                 )
             for path in (path for files in self.parts[part].values() for path in files):
-                if (found := image_size(path)) != (size, size):
-                    raise UserError(f"{path} has {found[0]} × {found[1]} px, not {size} × {size} (model.coarse_size)")
+                width, height = image_size(path)
+                if (width, height) != (size, size):
+                    raise UserError(f"{path} has {width} × {height} px, not {size} × {size} (model.coarse_size)")
 
     def draw(self, case: Case, part: str, seed: int) -> Float32[np.ndarray, "C C"]:
         """One of a case's masks, chosen by the seed, as probability."""
@@ -98,4 +99,5 @@ class MaskFiles:
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if pixels is None or pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16):
             raise UserError(f"{path} cannot be read as a grey PNG of 8 or 16 bits; make it again")
-        return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
+        largest = 255 if pixels.dtype == np.uint8 else 65535
+        return np.asarray(pixels.astype(np.float32) / np.float32(largest))

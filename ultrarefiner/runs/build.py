@@ -122,7 +122,7 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
     settings = {key: value for key, value in plain(cfg.phase).items() if key not in not_arguments()}
     settings["optimizer"] = build_optimizer(cfg)
     if BRIDGE in kind.parts:
-        settings["protection"] = ProtectionConfig(**plain(cfg.protection))
+        settings |= {"protection": ProtectionConfig(**plain(cfg.protection)), "_convert_": "object"}  # and it stays one
     phase: Phase = build(settings, "phase", build_cascade(cfg, kind.parts, files))
     try:
         phase.optimizer(phase.groups())  # its arguments are wrong now or after an hour of earlier phases

@@ -82,7 +82,7 @@ class Wanted:
         """Within the bin, and as near to the wanted Dice as the bisection aims or two pixels allow."""
         dice = dice_of(predicted, mask)
         near = abs(dice - self.dice) <= max(self.tolerance, 2 / np.count_nonzero(mask))
-        return near and self.low <= dice <= self.high
+        return bool(near and self.low <= dice <= self.high)
 
 
 class FailureSimulator:
@@ -272,7 +272,7 @@ def _draw_dice(rng: Rng, low: float, high: float, lesion: Lesion, scale: float, 
     small = _ramp((30 - lesion.radius / scale) / 18)
     quantile = rng.random() ** (1 + 0.4 * small + 0.4 * (1 - lesion.compactness))
     clear = 2 * Wanted(low, high, low).tolerance
-    return low + clear + (high - low - 2 * clear) * quantile
+    return float(low + clear + (high - low - 2 * clear) * quantile)
 
 
 def _bisect(
@@ -284,7 +284,7 @@ def _bisect(
 
     def excess(amplitude: float) -> float:
         predicted = predict(amplitude)
-        return 2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted.dice
+        return float(2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted.dice)
 
     if top <= 0 or (below := excess(top)) > 0:
         return top
@@ -326,7 +326,7 @@ def _by_pixels(mask: Mask, level: Field, wanted: Wanted, rng: Rng) -> Mask:
     order = np.abs(level) + rng.random(mask.shape, dtype=np.float32)
     order[mask == (count > 0)] = np.inf
     changed = np.argsort(order, axis=None)[: abs(count)]
-    predicted = mask.copy()
+    predicted: Mask = mask.copy()
     predicted.flat[changed] = count > 0
     return predicted
 

@@ -201,7 +201,8 @@ def _certainty(wrong: Mask, radius: float, rng: Rng) -> Field:
     spread *= rng.random(spread.shape, dtype=np.float32)
     cv2.GaussianBlur(spread, (0, 0), 0.5 * radius / coarse, dst=spread)
     spread *= np.float32(rng.uniform(0.6, 1.8))
-    return cv2.resize(np.maximum(1 - spread, np.float32(0.1)), (width, height), interpolation=cv2.INTER_LINEAR)
+    certainty = np.maximum(1 - spread, np.float32(0.1))
+    return np.asarray(cv2.resize(certainty, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _confidence(rng: Rng, shape: tuple[int, int]) -> Field:
@@ -210,14 +211,14 @@ def _confidence(rng: Rng, shape: tuple[int, int]) -> Field:
     field = coarse_field(rng, (1 + width // 4, 1 + height // 4), max(shape) / 36)
     blotch = np.clip((field - np.float32(rng.uniform(0.9, 2.2))) * np.float32(0.5), 0, np.float32(0.8))
     factor = np.maximum(1 + np.float32(0.1) * field, np.float32(0.5)) * (1 - blotch)
-    return cv2.resize(factor, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(factor, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _sigmoid(logit: Field) -> Field:
     np.negative(logit, out=logit)
     cv2.exp(logit, dst=logit)
     logit += 1
-    return np.reciprocal(logit, out=logit)
+    return np.asarray(np.reciprocal(logit, out=logit))
 
 
 def checked_softness(softness: Softness | Mapping[str, Any] | None) -> Softness:
@@ -227,13 +228,14 @@ def checked_softness(softness: Softness | Mapping[str, Any] | None) -> Softness:
     for name in softness:
         if name not in known:
             raise UserError(f"softness has the key {name!r}: choose among {', '.join(known)}.")
-    return Softness(**{name: value if name == "background" else float(value) for name, value in softness.items()})
+    values: dict[str, Any] = {name: value if name == "background" else float(value) for name, value in softness.items()}
+    return Softness(**values)
 
 
 def dice_of(predicted: Mask, mask: Mask) -> float:
     """Dice in [0, 1] of two masks that are not both empty."""
     both = np.count_nonzero(predicted & mask)
-    return 2 * both / (np.count_nonzero(predicted) + np.count_nonzero(mask))
+    return float(2 * both / (np.count_nonzero(predicted) + np.count_nonzero(mask)))
 
 
 def _level(logit: Field, far: Mask) -> float:
