@@ -58,7 +58,7 @@ def attend_both_ways(
 
 def draw(
     decoder: "MaskDecoder", keys: Float[Tensor, "P N D"], weights: Float[Tensor, "P K c"], height: int, width: int
-) -> Float[Tensor, "P K 4*height 4*width"]:
+) -> Float[Tensor, "P K 4*{height} 4*{width}"]:
     """The keys brought to four times the resolution, times the weights of each of K masks: their logits."""
     first, norm, activation, second, last_activation = decoder.output_upscaling
     x = F.linear(keys, _patch(first), first.bias.repeat(4)).unflatten(2, (4, -1))
