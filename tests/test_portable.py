@@ -18,11 +18,20 @@ import multiprocessing, os, platform, signal, sys
 sys.modules["resource"] = sys.modules["fcntl"] = None  # an import fails from now on
 for name in ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "alarm", "setitimer", "pthread_kill"):
     delattr(signal, name)
-for name in ("sched_getaffinity", "fork", "forkpty", "getuid", "geteuid", "getpgid", "killpg"):
+for name in ("sched_getaffinity", "fork", "forkpty", "getpgid", "killpg"):
     delattr(os, name)
 multiprocessing.set_start_method("spawn")
-platform.system = lambda: "SYSTEM"
+real = platform.system
 platform.libc_ver = lambda *args, **kwargs: ("", "")
+
+
+def system():
+    # PyTorch asks which libraries of its own to load, and they are Linux's.
+    asks = sys._getframe(1).f_globals["__name__"].partition(".")[0]
+    return "SYSTEM" if asks in ("ultrarefiner", "pytorch_lightning", "lightning_fabric", "submitit") else real()
+
+
+platform.system = system
 """
 
 
@@ -44,7 +53,7 @@ def elsewhere(request, tmp_path):
 
 
 def test_the_names_are_gone(elsewhere):
-    said = elsewhere("-c", "import os, signal; print(hasattr(os, 'fork'), hasattr(signal, 'SIGUSR1'))\nimport platform")
+    said = elsewhere("-c", "import os, signal; print(hasattr(os, 'fork'), hasattr(signal, 'SIGUSR1'))")
     assert said.split() == ["False", "False"]
     with pytest.raises(AssertionError, match="resource"):
         elsewhere("-c", "import resource")

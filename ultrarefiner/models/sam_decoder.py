@@ -120,7 +120,7 @@ def draw(
     height: int,
     width: int,
     finer: Sequence[Tensor] = (),
-) -> Float[Tensor, "P K 4*height 4*width"]:
+) -> Float[Tensor, "P K 4*{height} 4*{width}"]:
     """The keys brought to four times the resolution, times the weights of each of K masks: their logits.
 
     On the way SAM 2 adds the finer features (P,c,4·height,4·width) and (P,c',2·height,2·width).
