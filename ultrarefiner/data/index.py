@@ -142,7 +142,7 @@ def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array))).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _fault(image: np.ndarray, mask: np.ndarray) -> str:
