@@ -82,7 +82,7 @@ class Wanted:
         """Within the bin, and as near to the wanted Dice as the bisection aims or two pixels allow."""
         dice = dice_of(predicted, mask)
         near = abs(dice - self.dice) <= max(self.tolerance, 2 / np.count_nonzero(mask))
-        return near and self.low <= dice <= self.high
+        return bool(near and self.low <= dice <= self.high)
 
 
 class FailureSimulator:
