@@ -49,9 +49,7 @@ class Softness:
     background: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        rows = tuple(tuple(float(value) for value in row) for row in self.background)
-        object.__setattr__(self, "background", rows)  # lists, where they come from a configuration
-        if any(len(row) != len(QUANTILES) or list(row) != sorted(row) or not row[-1] < 0 for row in rows):
+        if any(len(row) != len(QUANTILES) or list(row) != sorted(row) or not row[-1] < 0 for row in self.background):
             raise UserError(f"softness.background needs rows of {len(QUANTILES)} ascending logits below 0.")
         for name in ("width", "inside", "outside"):
             if not getattr(self, name) > 0:
@@ -228,8 +226,9 @@ def checked_softness(softness: Softness | Mapping[str, Any] | None) -> Softness:
     for name in softness:
         if name not in known:
             raise UserError(f"softness has the key {name!r}: choose among {', '.join(known)}.")
-    values: dict[str, Any] = {name: value if name == "background" else float(value) for name, value in softness.items()}
-    return Softness(**values)
+    values: dict[str, Any] = {name: float(value) for name, value in softness.items() if name != "background"}
+    rows = tuple(tuple(float(value) for value in row) for row in softness.get("background", ()))
+    return Softness(**values, background=rows)
 
 
 def dice_of(predicted: Mask, mask: Mask) -> float:
