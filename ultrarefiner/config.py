@@ -4,9 +4,7 @@ A field says all that is known of a setting: its type, its default, which values
 result (see `setting`). The YAML options of a group extend its schema. Parts that are built by `_target_` and that a
 user may replace with a class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the
 arguments of that class, and one that the class does not take is refused when it is built, before anything is trained.
-
-This file imports neither torch nor anything that does: `--help` and completion must be quick.
-"""
+Imports neither torch nor anything that does: `--help` and completion must be quick."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -25,8 +23,7 @@ class CoarseSchedule:
     batch_size: int = 24
     lr: float = 0.01
     optimizer: str = "torch.optim.SGD"
-    momentum: float | None = 0.9
-    """null for an optimiser that takes none."""
+    momentum: float | None = 0.9  # null for an optimiser that takes none
     weight_decay: float = 1e-4
 
 
@@ -93,11 +90,9 @@ class TrainedParts:
 class LoraConfig:
     """Low-rank terms on the attention of SAM's image encoder, see `models.lora.add_lora`."""
 
-    rank: int = setting(0, at_least=0)
-    """0 is off."""
+    rank: int = setting(0, at_least=0)  # 0 is off
     alpha: float = setting(4.0, above=0)
-    blocks: Any = None
-    """null: all blocks; n: the last n; a list: these."""
+    blocks: Any = None  # null: all blocks; n: the last n; a list: these
     targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])
 
 
@@ -362,14 +357,10 @@ class PrepareConfig:
 
 
 @dataclass
-class SimulateConfig:
+class SimulateConfig(PrepareConfig):
     """Simulated coarse masks as files."""
 
-    dataset: DatasetConfig = MISSING
-    model: ModelConfig = MISSING
     simulator: dict[str, Any] = MISSING
-    data_root: str | None = None
-    output_root: str = "outputs"
     fold: int = setting(0, at_least=0)
     seed: int = setting(0, at_least=0, below=2**32)
     part: str = setting("train", one_of=("train", "val", "test"))
