@@ -381,7 +381,7 @@ def test_bins_follow_the_dice_of_real_predictions():
     cuts = rng.beta(6, 1.5, 300)
     pairs = [(mask * (np.arange(len(mask))[:, None] <= np.quantile(rows, cut)), mask) for cut in cuts]
     dice = np.array([2 * (p & mask).sum() / (p.sum() + mask.sum()) for p, _ in pairs])
-    simulator = FailureSimulator(bins=fit_bins(pairs))
+    simulator = FailureSimulator(bins=fit_bins([(prediction.astype(np.float32), mask) for prediction, mask in pairs]))
     found = [simulator.simulate(mask, seed).dice for seed in range(1000)]
     wanted = np.clip(np.quantile(dice, [0.1, 0.25, 0.5, 0.75, 0.9]), 0, 0.99)
     np.testing.assert_allclose(np.quantile(found, [0.1, 0.25, 0.5, 0.75, 0.9]), wanted, atol=0.025)
@@ -392,6 +392,7 @@ def test_bins_of_predictions_that_are_all_alike(share: float):
     """All missed, all half, all perfect: the bins stay what the simulator takes."""
     mask = ellipse()
     prediction = mask & (np.cumsum(mask).reshape(mask.shape) <= share * mask.sum())
+    prediction = prediction.astype(np.float32)
     bins = fit_bins([(prediction, mask)] * 12)
     simulator = FailureSimulator(bins=bins)
     expected = np.clip(2 * share / (1 + share), 0.02, 0.99)
