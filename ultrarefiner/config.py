@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from ultrarefiner.settings import BRIDGE, COARSE, SAM, about, setting
 
@@ -242,8 +242,13 @@ class SamPhaseConfig(PhaseConfig):
     masks_per_image: int = setting(1, argument=False, at_least=1)
     """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
     cases and batch_size·masks_per_image masks."""
+    masks: str | None = setting(None, argument=False)
+    """A folder of coarse masks with their table (`ultrarefiner.simulate` writes such); null simulates new ones in every
+    epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
+    bins: str | None = setting(None, argument=False, one_of=(None, "fit"))
+    """fit: simulated masks are as good and as bad as Phase 1's out-of-fold predictions; null: as failures.bins says."""
     real_ratio: float = setting(0.0, argument=False, at_least=0, at_most=1)
     """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask."""
     parts: int = setting(4, argument=False, at_least=2)
@@ -354,24 +359,40 @@ class PrepareConfig:
     model: ModelConfig = MISSING
     data_root: str | None = None
     output_root: str = "outputs"
-    seed: int = 0
-    failures: int = setting(0, at_least=0)
-    """How many simulated coarse masks to write."""
-    failures_out: str = "failures"
+
+
+@dataclass
+class SimulateConfig:
+    """Simulated coarse masks as files."""
+
+    dataset: DatasetConfig = MISSING
+    model: ModelConfig = MISSING
     simulator: dict[str, Any] = MISSING
+    data_root: str | None = None
+    output_root: str = "outputs"
+    fold: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, below=2**32)
+    part: str = setting("train", one_of=("train", "val", "test"))
+    """Whose cases; test cases only where it is said."""
+    samples: int = setting(1000, at_least=1)
+    output: str = "masks"
 
 
 def register() -> None:
     """Make the schemas known to Hydra under the name `schema` of their groups."""
     store = ConfigStore.instance()
+    # A phase of a user's own has keys of its own besides those of every phase; its class refuses the misspelt ones.
+    any_phase = OmegaConf.structured(PhaseConfig, flags={"struct": False})
     store.store(name="schema", node=Config)
     store.store(name="schema_prepare", node=PrepareConfig)
+    store.store(name="schema_simulate", node=SimulateConfig)
     for group, name, node in (
         ("model", "schema", ModelConfig),
         ("prompt_style", "schema", PromptStyleConfig),
         ("roi", "schema_on", LesionRoiConfig),
         ("roi", "schema_off", FullFrameConfig),
         ("protection", "schema", ProtectionConfig),
+        ("phase", "schema", any_phase),
         ("phase", "schema_coarse", CoarsePhaseConfig),
         ("phase", "schema_sam", SamPhaseConfig),
         ("phase", "schema_e2e", E2EPhaseConfig),

@@ -145,6 +145,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """One SHA-256 over the names and contents of all files below a folder, but for hidden ones."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
@@ -159,8 +167,28 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({error}); delete it, and what it tells of is made again") from error
 
 
+class _Inert:
+    """Stands for an object that is of no use here, whatever it is made from."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+# What mmengine's checkpoints hold beside weights: the course of the training, in NumPy arrays.
+_INERT = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+
+
 def load(path: str | Path) -> Any:
     """The content of a PyTorch file, on the CPU; nothing in it is ever executed.
+
+    What mmengine logs beside the weights is not read; something without meaning stands in its place.
 
     The file's own CRC-32 sums are checked, which PyTorch itself does not do.
 
@@ -178,7 +206,8 @@ def load(path: str | Path) -> Any:
                 member = archive.testzip()
             if member is not None:
                 raise UserError(f"{path} is damaged (checksum of {member}); copy or make it again")
-        with warnings.catch_warnings():
+        inert = torch.serialization.safe_globals([(_Inert, name) for name in _INERT])
+        with warnings.catch_warnings(), inert:
             # A protocol that PyTorch does not write: what it cannot read for that ends in a sentence below.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)

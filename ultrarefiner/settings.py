@@ -4,6 +4,7 @@ Imports neither torch nor anything that does.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import sha256
+from ultrarefiner.files import folder_sha256, sha256
 
 COARSE, SAM, BRIDGE = "coarse", "sam", "bridge"
 """What a phase may train: the coarse network, SAM, and the way between them on which gradients come back."""
 PARTS = frozenset({COARSE, SAM, BRIDGE})
 WEIGHT_FILES = frozenset({"coarse_weights", "checkpoint", "coarse_checkpoint", "sam_checkpoint"})
 """Keys that hold the path of a file of weights: its content defines a result, not its name."""
+FOLDERS = re.compile(r"phase\.(\w+\.)*masks")
+"""Keys that hold the path of a folder: the contents of its files define a result."""
 NAMES_OF_WEIGHTS = (None, "pretrained", "auto", "shipped")
 """What may stand in the place of such a path, and says by itself which weights are meant."""
 PLACES = frozenset({"root"})
@@ -145,6 +148,8 @@ def _portable(value: Any, key: str) -> Any:
     """The value with the contents of weight files in place of their paths, and without places of data."""
     if isinstance(value, dict):
         return {name: _portable(inner, f"{key}.{name}") for name, inner in value.items() if name not in PLACES}
+    if FOLDERS.fullmatch(key) and value is not None:
+        return f"sha256:{folder_sha256(Path(value).expanduser())}"
     if key.rpartition(".")[2] not in WEIGHT_FILES or value in NAMES_OF_WEIGHTS:
         return value
     try:

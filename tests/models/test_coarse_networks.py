@@ -88,10 +88,10 @@ def test_any_network_of_smp_is_a_coarse_network():
     [
         ("model.coarse.encoder=resnet19", r"model\.coarse\.encoder=resnet19.*resnet18"),
         ("model.coarse.architecture=unett", r"model\.coarse\.architecture=unett.*unet"),
-        ("model.coarse_size=100", r"model\.coarse: unet on resnet34 refuses images of 100 px"),
+        ("+model.coarse.upsampling=4 model.coarse.architecture=pspnet", r"pspnet on resnet34 gives .* 64 px"),
     ],
 )
 def test_what_smp_does_not_know_is_one_sentence(override, sentence):
     pytest.importorskip("segmentation_models_pytorch", reason="pip install ultrarefiner[smp]")
     with pytest.raises(UserError, match=sentence):
-        build_coarse(compose(*SMP, override), None)
+        build_coarse(compose(*SMP, *override.split()), None)

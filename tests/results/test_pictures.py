@@ -338,4 +338,4 @@ def test_values_without_rank_are_left_out():
 
 @pytest.mark.parametrize(("count", "expected"), [(1, "m"), (2, "wb"), (3, "wmb"), (4, "wmmb"), (6, "wwmmbb")])
 def test_labels_say_which_is_which(count, expected):
-    assert "".join(label[0] for label in pictures._labels(count)) == expected
+    assert "".join(label[0] for label in pictures.rank_labels(count)) == expected

@@ -200,6 +200,9 @@ def test_summary_of_a_run(tmp_path, capsys):
         "title": "e2e · [/red] · fold 0",
         "baseline": {"test": {"coarse": scores}},
         "test": {"coarse": scores, "refined": {}},
+        "differences": {
+            "refined - coarse": {"mean": -0.0123, "low": -0.02, "high": 0, "p": 0.034, "worse": 0.25, "better": 0}
+        },
         "seen": {"test_cases": 3, "first": "[/red]"},
         "data": {"test": {"cases": 7}},
         "config": {"dataset": {"limit": {"test": 7}}},
@@ -210,5 +213,6 @@ def test_summary_of_a_run(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "exists already" in shown and "e2e · [/red] · fold 0: 7 test cases (dataset.limit.test=7)" in shown
     assert re.search(r"coarse \(Phase 1\) +0\.8123 +0\.7000 +12\.3[45] +3\.00\n", shown)
-    assert "seen 3 of the test cases (allow_seen=true), such as [/red]." in shown
-    assert "refined" not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown
+    assert "seen 3 of the test cases before, such as [/red]." in shown
+    assert re.search(r"refined - coarse +-0\.0123 \[-0\.0200, \+0\.0000\] +0\.034 +25% +0%\n", shown)
+    assert "\nrefined  " not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown

@@ -16,6 +16,7 @@ from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
 from ultrarefiner.data.index import Index
+from ultrarefiner.data.mask_files import MaskFiles
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.seen import Seen, marks_of
 from ultrarefiner.data.store import Store
@@ -38,6 +39,7 @@ class DataModule(pl.LightningDataModule):
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
         predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
         limit: the most cases of each part, for short runs.
@@ -60,6 +62,7 @@ class DataModule(pl.LightningDataModule):
         augment: Augment | None = None,
         simulator: Simulator | None = None,
         predictions: Predictions | None = None,
+        masks: MaskFiles | None = None,
         masks_per_image: int = 1,
         frame: bool = True,
         limit: Limits | Mapping[str, int | None] | None = None,
@@ -76,7 +79,7 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers = num_workers
         self.augment, self.frame = augment, frame
-        self.simulator, self.predictions = simulator, predictions
+        self.simulator, self.predictions, self.masks = simulator, predictions, masks
         if masks_per_image < 1:
             raise UserError(f"phase.masks_per_image={masks_per_image} leaves nothing to refine: give 1 or more.")
         self.masks_per_image = masks_per_image
@@ -122,6 +125,8 @@ class DataModule(pl.LightningDataModule):
         leaks = partition.leaks(split, cases, index)
         if leaks:
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
+        if self.masks is not None:
+            self.masks.check(split, self.coarse_size)
         return split
 
     def marks(self, part: str) -> list[str]:
@@ -130,14 +135,15 @@ class DataModule(pl.LightningDataModule):
         position = {case.key: i for i, case in enumerate(cases)}
         return marks_of(index, [position[case.key] for case in self.split.part(part)])
 
-    def tested_of(self, seen: Seen) -> list[Case]:
-        """The test cases that something has seen.
+    def known(self, part: str, seen: Seen) -> list[Case]:
+        """The cases of "val" or "test" that weights know: that they were trained on or, of test, chosen by.
 
-        What it shares with the training and validation cases is proven to be no test case already; so are those that
-        look like one of them to the short marks.
+        What was seen and lies in an earlier part here is proven to be none of these cases; so is what looks like it to
+        the short marks.
         """
-        own = [*self.marks("train"), *self.marks("val")]
-        return [self.split.test[i] for i in seen.without(own).among(self.marks("test"))]
+        earlier = [mark for other in PARTS[: PARTS.index(part)] for mark in self.marks(other)]
+        seen = (seen if part == "test" else Seen(seen.trained)).without(earlier)
+        return [self.split.part(part)[i] for i in seen.among(self.marks(part))]
 
     @cached_property
     def left_out(self) -> tuple[Exclusion, ...]:
@@ -166,23 +172,24 @@ class DataModule(pl.LightningDataModule):
             "left_out": [f"{exclusion.what}: {exclusion.reason}" for exclusion in self.left_out],
         }
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         data = self.dataset("train", augment=self.augment)
         return self._loader(data, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("val", native=True), self.eval_batch_size, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("test", native=True), self.eval_batch_size, shuffle=False)
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, masks = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        predictions, several = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
         cases = self.split.part(part)
-        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, masks)
+        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
 
-    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader:
+    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
         processes = ranks.size()
         if len(data) < processes:
             raise UserError(f"{self.reader.name}: {len(data)} cases are too few for {processes} processes")
@@ -226,7 +233,7 @@ class DataModule(pl.LightningDataModule):
         positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
         aspects = [entry.width / max(entry.height, 1) for entry in index.entries]
-        return Source(self.reader, positions, frames[self.coarse_size], full, aspects)
+        return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
 def _one_thread(_: int) -> None:

@@ -15,7 +15,7 @@ from ultrarefiner.data.readers import Reader
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
 
-VERSION = 1  # raised when the meaning of an index or a cache changes: older ones are then built anew
+VERSION = 2  # raised when the meaning of an index or a cache changes: older ones are then built anew
 _WHOLE = 1 << 20  # bytes: up to this size a file is hashed whole for the fingerprint, else in 16 samples
 
 
@@ -67,7 +67,7 @@ class Index:
         record = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
-            "signatures_sha256": hashlib.sha256(self.signatures.tobytes()).hexdigest(),
+            "signatures_sha256": _digest(self.signatures),
             "cases": [asdict(entry) for entry in self.entries],
         }
         (folder / "index.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -83,7 +83,7 @@ class Index:
                 record["version"] == VERSION
                 and record["fingerprint"] == fingerprint
                 and len(entries) == len(signatures) == count
-                and record["signatures_sha256"] == hashlib.sha256(signatures.tobytes()).hexdigest()
+                and record["signatures_sha256"] == _digest(signatures)
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
@@ -139,6 +139,10 @@ def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
         for pixels in reader.read(computed):
             total.update(pixels.tobytes())
     return total.hexdigest()
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _fault(image: np.ndarray, mask: np.ndarray) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from ultrarefiner.data.cache import Frames, open_cache
+from ultrarefiner.data.cache import Frames, NativeMasks, cache_folder, open_cache
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.index import Index, fingerprint
 from ultrarefiner.data.readers import Reader
@@ -38,3 +38,7 @@ class Store:
         if key not in self._opened:
             self._opened[key] = open_cache(self.reader, key, self.cache_dir, self.fingerprint)
         return self._opened[key]
+
+    def native_masks(self, index: Index) -> NativeMasks:
+        """The masks at native size of the data set that was opened with this index."""
+        return NativeMasks(cache_folder(self.reader, index.fingerprint, self.cache_dir), index)

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ultrarefiner.models.sam_decoder import Embedding
+
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
     from segment_anything.modeling.image_encoder import Attention, Block
@@ -218,10 +220,12 @@ class ViTEncoder(nn.Module):
     """segment-anything's `ImageEncoderViT` with the blocks above; state_dict() has the same names and shapes.
 
     `checkpointing` keeps one activation a block when gradients are asked for; the way back computes the rest again.
+    `early` gives SAM-HQ's features too: those behind the first block without windows.
     """
 
-    def __init__(self, encoder: "ImageEncoderViT", checkpointing: bool = False):
+    def __init__(self, encoder: "ImageEncoderViT", checkpointing: bool = False, early: bool = False):
         super().__init__()
+        self.early = early
         self.img_size = encoder.img_size
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
@@ -229,14 +233,18 @@ class ViTEncoder(nn.Module):
         self.neck = encoder.neck
         self.checkpointing = checkpointing
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"]:
+    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         """Normalised image → embedding."""
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
+        early: list[Tensor] = []
         for block in self.blocks:
             x = run_block(block, x, self.checkpointing)
-        return self.neck(x.permute(0, 3, 1, 2))  # a channels-last view: the convolutions take it as it lies
+            if not early and not block.window_size:
+                early.append(x.permute(0, 3, 1, 2))
+        embedding = self.neck(x.permute(0, 3, 1, 2))  # a channels-last view: the convolutions take it as it lies
+        return Embedding(embedding, tuple(early)) if self.early else embedding
 
     def attentions(self) -> list[nn.Module]:
         """The attention of every block, each with Linear layers `qkv` and `proj`."""

@@ -139,7 +139,7 @@ def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: 
         x = _MARGIN + column * (_PANEL + _GAP) + _PANEL / 2
         write(x, _LINE / 2, name, color=COLOURS.get(name, "black"), ha="center", va="center", weight="bold", size=10)
     top = _LINE
-    for case, label, tall in zip(cases, labels or _labels(len(cases)), heights, strict=True):
+    for case, label, tall in zip(cases, labels or rank_labels(len(cases)), heights, strict=True):
         write(_MARGIN, top + _LINE - 0.05, case.title, ha="left", va="bottom", size=8)
         write(width - _GAP, top + _LINE - 0.05, case.caption, ha="right", va="bottom", size=8, color="#444444")
         top += _LINE
@@ -172,7 +172,7 @@ def pick_most_harmed(before: Sequence[float], after: Sequence[float], n: int) ->
     return [int(index) for index in np.argsort(change, kind="stable")[:n] if change[index] < 0]
 
 
-def _labels(count: int) -> list[str]:
+def rank_labels(count: int) -> list[str]:
     """What the rows that `pick_worst_median_best` chose are called."""
     outer = (count + 1) // 3
     return ["worst"] * outer + ["median"] * (count - 2 * outer) + ["best"] * outer

@@ -3,7 +3,6 @@
 What stands in a cell is shown as it is, whatever a file or a setting is called: no markup or command in it works.
 """
 
-import json
 import math
 import re
 import shutil
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ultrarefiner.data.cases import PARTS
+from ultrarefiner.files import read_json
 
 FILES = (
     ("cases.csv", "every test case"),
-    ("overlays.png", "worst, median and best cases"),
+    ("overlays.png", "worst, median and best cases, and those harmed most"),
     ("curves.png", "training curves"),
     ("checkpoints", "best and last weights"),
 )
@@ -122,7 +122,7 @@ def beginning(title: str, data: dict[str, Any], directory: Path) -> None:
 
 def summary(directory: Path, finished_before: bool) -> None:
     """Print the table of a run (baseline, coarse, refined on the test cases) and where everything lies."""
-    content: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(directory / "summary.json")
     cases, limit = content["data"]["test"]["cases"], content["config"]["dataset"]["limit"]["test"]
     if finished_before:
         print("This result exists already; nothing was trained. Another seed or setting gets its own directory.")
@@ -133,13 +133,26 @@ def summary(directory: Path, finished_before: bool) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     title = f"{content['title']}: {cases} test cases{subset}"
     print(terminal(rows, (Column("mask", "mask"), *COLUMNS), title, width))
+    if content["differences"]:
+        print(terminal(map(_difference, *zip(*content["differences"].items(), strict=True)), width=width))
     if content["seen"]:
         count, first = content["seen"]["test_cases"], content["seen"]["first"]
-        print(f"Not a fair test: the weights have seen {count} of the test cases (allow_seen=true), such as {first}.")
+        print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
     print(f"{directory}/")
     for name, what in FILES:
         if (directory / name).exists():
             print(f"  {name:<14}{what}")
+
+
+def _difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
+    """A paired difference of Dice over the test cases, for people."""
+    return {
+        "Dice, paired": name,
+        "mean [95 %]": "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**change),
+        "p": format(change["p"], ".2g"),
+        "worse by 0.01": format(change["worse"], ".0%"),
+        "better": format(change["better"], ".0%"),
+    }
 
 
 def _cells(rows: Rows, columns: Sequence[Column] | None) -> tuple[list[str], list[list[str]], list[bool]]:

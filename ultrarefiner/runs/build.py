@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.dataset import Cases
+from ultrarefiner.data.mask_files import MaskFiles
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
@@ -75,23 +77,38 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
     dataset = cfg.dataset
     return DataModule(
         store or build_store(cfg),
-        fold=cfg.fold,
-        folds=dataset.folds,
-        seed=cfg.seed,
+        **_partition(cfg),
         image_size=cfg.model.image_size,
-        coarse_size=cfg.model.coarse_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
         augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
+        masks=MaskFiles.read(cfg.phase.masks) if kind.simulated and cfg.phase.masks is not None else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
-        limit=dict(dataset.limit),
-        include_normal=dataset.include_normal,
-        test_fraction=dataset.test_fraction,
-        split_seed=dataset.split_seed,
         without=plain(dataset.without),
     )
+
+
+def build_part(cfg: DictConfig, part: str) -> Cases:
+    """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
+    size = cfg.model.coarse_size
+    return DataModule(build_store(cfg), **_partition(cfg), image_size=size, batch_size=1, frame=False).dataset(part)
+
+
+def _partition(cfg: DictConfig) -> dict[str, Any]:
+    """Which cases are in which part, and how large the coarse network sees them."""
+    dataset = cfg.dataset
+    return {
+        "fold": cfg.fold,
+        "folds": dataset.folds,
+        "seed": cfg.seed,
+        "coarse_size": cfg.model.coarse_size,
+        "limit": dict(dataset.limit),
+        "include_normal": dataset.include_normal,
+        "test_fraction": dataset.test_fraction,
+        "split_seed": dataset.split_seed,
+    }
 
 
 def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -> Phase:
@@ -205,8 +222,11 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
     cascade = phase.cascade
-    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
-    parts = {COARSE: {"cascade.coarse.": cascade.coarse}}
-    parts[SAM] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
-    for prefix, network in parts[name].items():
+    if name == COARSE:
+        networks = {"cascade.coarse.": cascade.coarse}
+    else:
+        assert cascade.refiner is not None
+        networks = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in networks.items():
+        assert network is not None
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

@@ -2,12 +2,13 @@
 
 The training cases of the fold are cut into `phase.parts` parts by patient. For each part a coarse network is trained as
 in Phase 1 on the other parts, and predicts that one. It knows neither the part nor the fold's test cases; the fold's
-validation cases choose its checkpoint, as in every phase. So what Phase 2 sees of a case, whether as the softness of
-its simulated masks or as a mask of its own, is what a coarse network makes of a case that is new to it.
+validation cases choose its checkpoint, as in every phase. So what Phase 2 sees of a case, whether as the softness and
+Dice of its simulated masks or as a mask of its own, is what a coarse network makes of a case that is new to it.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from jaxtyping import Bool, Float
 from torch.utils.data import DataLoader, Subset
 
 from ultrarefiner.data.dataset import Cases, collate
+from ultrarefiner.data.failures import fit_bins
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.ranks import agreed, rank
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build, build_phase, plain
-from ultrarefiner.runs.plan import FIT, Run
+from ultrarefiner.runs.plan import FIT, Run, wants_fit
 
 
 def add_predictions(run: Run) -> None:
-    """Give the data of Phase 2 what `phase.softness` and `phase.real_ratio` ask for; nothing where they do not.
+    """Give the data of Phase 2 what `phase.softness`, `phase.bins` and `phase.real_ratio` ask for, if they do.
 
     Raises:
         UserError: too few predictions have an edge to measure.
@@ -39,9 +41,14 @@ def add_predictions(run: Run) -> None:
     agreed(None)  # the first process has written them
     if run.cfg.phase.real_ratio > 0:
         run.data.predictions = predictions
+    fitted: dict[str, Any] = {}
+    pairs = list(_pairs(run.data.dataset("train"), predictions)) if wants_fit(run.cfg.phase) else []
     if run.cfg.phase.softness == FIT:
-        softness = Softness.fit(_pairs(run.data.dataset("train"), predictions))
-        run.data.simulator = build(plain(run.cfg.phase.failures) | {"softness": asdict(softness)}, "phase.failures")
+        fitted["softness"] = asdict(Softness.fit(pairs))
+    if run.cfg.phase.bins == FIT:
+        fitted["bins"] = fit_bins(pairs)
+    if fitted:
+        run.data.simulator = build(plain(run.cfg.phase.failures) | fitted, "phase.failures")
 
 
 def _predict(predictor: Run, missing: list[int], predictions: Predictions) -> None:

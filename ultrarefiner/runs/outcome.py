@@ -1,7 +1,5 @@
 """What a run leaves behind beside its checkpoints: networks to use elsewhere, tables, pictures and a summary."""
 
-import csv
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -13,10 +11,10 @@ from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
-from ultrarefiner.files import save, write_atomically
+from ultrarefiner.files import save, write_atomically, write_csv
 from ultrarefiner.models.lora import merge_lora
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.results import pictures
+from ultrarefiner.results import pictures, statistics
 from ultrarefiner.results.evaluation import MASKS, Rows, native_masks
 from ultrarefiner.results.metrics import mean_scores
 from ultrarefiner.runs import checkpoints, provenance, tracking
@@ -53,7 +51,7 @@ class Outcome:
         """Write everything but the summary, and give the loggers what they take; `step` is counted in this phase."""
         folder = self.run.directory / "checkpoints"
         _save_networks(self.phase, folder)
-        _write_cases(self.run, self.results["test"], self.baseline.get("test"))
+        write_csv(self.run.directory / "cases.csv", self.cases)
         tracking.log_pictures(loggers, self._draw(), step)
         tracking.log_checkpoint(loggers, folder / checkpoints.BEST, self.run.title)
         for logger in loggers:
@@ -64,12 +62,18 @@ class Outcome:
         write_atomically(self.run.directory / "summary.json", json.dumps(self.summary, indent=2).encode())
 
     @cached_property
+    def cases(self) -> list[dict[str, Any]]:
+        """The rows of cases.csv."""
+        return _cases(self.run, self.results["test"], self.baseline.get("test"))
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """What was measured, on what, with what."""
         return {
             "title": self.run.title,
             "baseline": {part: _scores(rows) for part, rows in self.baseline.items()} or None,
             **{part: _scores(rows) for part, rows in self.results.items()},
+            "differences": _differences(self.cases),
             "best_epoch": self.best_epoch,
             "epochs": self.epochs,
             "first_step": self.steps[0],
@@ -81,29 +85,42 @@ class Outcome:
         }
 
     def _seen(self) -> dict[str, Any] | None:
-        """How many test cases the weights knew before, and the first of them; see `allow_seen`."""
-        known = self.run.data.tested_of(self.seen)
-        return {"test_cases": len(known), "first": known[0].id} if known else None
+        """How many test cases the weights knew before, ours and a publisher's, and the first; see `allow_seen`."""
+        refiner = self.phase.cascade.refiner
+        published = getattr(refiner.sam, "trained_on", ()) if refiner is not None else ()
+        known = {case.key: case for case in self.run.data.known("test", self.seen)}
+        known |= {case.key: case for case in self.run.data.split.test if case.dataset in published}
+        return {"test_cases": len(known), "first": next(iter(known.values())).id} if known else None
 
     def _draw(self) -> dict[str, Path]:
-        """The curves of the training, and the worst, median and best test cases."""
+        """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
         baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
-        pictures.curves(directory / "metrics.csv", drawn["curves"], baseline=baseline)
-        judged = f"{phase.judged_by}_dice"
-        chosen = [rows[i]["index"] for i in pictures.pick_worst_median_best([row[judged] for row in rows], 2)]
+        freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
+        pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}
+        chosen = self._chosen(rows)
         test = data.dataset("test", native=True)
         sheet = []
-        for index in chosen:
+        for index, _ in chosen:
             masks = native_masks(phase.predict, collate([test[index]]))[0]
             case = data.split.test[index]
             image, _ = data.reader.read(case)
             caption = "  ".join(f"{w} {scores[index][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
             sheet.append((case.id, image, masks["truth"], masks.get("coarse"), masks.get("refined"), f"Dice {caption}"))
-        pictures.overlay_sheet(sheet, drawn["overlays"])
+        pictures.overlay_sheet(sheet, drawn["overlays"], [label for _, label in chosen])
         return drawn
+
+    def _chosen(self, rows: Rows) -> list[tuple[int, str]]:
+        """The positions of the cases that are worth a look, and why: two of each kind."""
+        judged = [row[f"{self.phase.judged_by}_dice"] for row in rows]
+        picked = pictures.pick_worst_median_best(judged, 2)
+        chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.rank_labels(len(picked)), strict=True)]
+        if rows and {"coarse_dice", "refined_dice"} <= set(rows[0]):
+            before, after = ([row[f"{mask}_dice"] for row in rows] for mask in MASKS)
+            chosen += [(rows[i]["index"], "harmed most") for i in pictures.pick_most_harmed(before, after, 2)]
+        return chosen
 
 
 def _save_networks(phase: Phase, folder: Path) -> None:
@@ -121,22 +138,28 @@ def _save_networks(phase: Phase, folder: Path) -> None:
             write_atomically(folder / f"best_{name}.json", json.dumps(phase.carried, indent=2).encode())
 
 
-def _write_cases(run: Run, rows: Rows, baseline: Rows | None) -> None:
-    """cases.csv: one row for each test case."""
-    text = io.StringIO()
-    writer = None
+def _cases(run: Run, rows: Rows, baseline: Rows | None) -> list[dict[str, Any]]:
+    """A row for each test case: who it is, and every metric of every mask."""
+    found = []
     for position, row in enumerate(rows):
         case = run.data.split.test[row["index"]]
-        columns = {"id": case.id, "patient": case.patient, "dataset": case.dataset, "label": case.label}
-        columns |= {name: value for name, value in row.items() if name != "index"}
-        if baseline is not None:
-            before = baseline[position]
-            columns |= {f"baseline_{name}": value for name, value in before.items() if name != "index"}
-        if writer is None:
-            writer = csv.DictWriter(text, list(columns))
-            writer.writeheader()
-        writer.writerow(columns)
-    write_atomically(run.directory / "cases.csv", text.getvalue().encode())
+        about = {"id": case.id, "patient": case.patient, "dataset": case.dataset, "label": case.label}
+        scores = {} if baseline is None else baseline[position]
+        before = {f"baseline_{name}": value for name, value in scores.items() if name.startswith(MASKS)}
+        found.append({name: value for name, value in (about | row | before).items() if name != "index"})
+    return found
+
+
+def _differences(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Paired differences of Dice over the test cases: what refining adds, and what end-to-end training added."""
+    known = set(cases[0]) if cases else set()
+    pairs = {"refined - coarse": ("coarse_dice", "refined_dice")}
+    pairs |= {f"{mask} - baseline_{mask}": (f"baseline_{mask}_dice", f"{mask}_dice") for mask in MASKS}
+    return {
+        name: statistics.paired(statistics.values(cases, before), statistics.values(cases, after))._asdict()
+        for name, (before, after) in pairs.items()
+        if {before, after} <= known
+    }
 
 
 def _scores(rows: Rows) -> dict[str, dict[str, float]]:

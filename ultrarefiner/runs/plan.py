@@ -144,7 +144,12 @@ def _parts(cfg: DictConfig) -> Iterator[DictConfig]:
 
 def _wants_predictions(phase: DictConfig) -> bool:
     """Whether a phase's configuration asks for out-of-fold predictions of Phase 1 (only Phase 2's can)."""
-    return bool(phase.get("softness") == FIT or phase.get("real_ratio", 0) > 0)
+    return bool(wants_fit(phase) or phase.get("real_ratio", 0) > 0)
+
+
+def wants_fit(phase: DictConfig) -> bool:
+    """Whether simulated masks are to be like Phase 1's out-of-fold predictions."""
+    return FIT in (phase.get("softness"), phase.get("bins"))
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
@@ -161,8 +166,9 @@ def _settled(cfg: DictConfig) -> DictConfig:
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
     node = cfg.phase.get("sam", cfg.phase)
     if "softness" in node:
-        if node.softness == FIT and node.failures.get("softness") is not None:
-            raise UserError(f"phase.softness={FIT} and phase.failures.softness contradict each other; give one of them")
+        for name in ("softness", "bins"):
+            if node[name] == FIT and node.failures.get(name) is not None:
+                raise UserError(f"phase.{name}={FIT} and phase.failures.{name} contradict each other; give one of them")
         with open_dict(cfg):
             node.coarse = cfg.phase.coarse if _wants_predictions(node) else None
     return cfg

@@ -156,13 +156,14 @@ def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
         UserError: test cases of this run are among them, and nobody said that this is wanted.
     """
     seen = Seen.of_lists(said["seen"]) if said else Seen()
-    known = run.data.tested_of(seen)
-    if known and not run.cfg.allow_seen:
-        raise UserError(
-            f"{key} has seen {len(known)} of the {len(run.data.split.test)} test cases of fold={run.cfg.fold}, the "
-            f"first is {known[0].id}; give weights that were trained on other cases, or set allow_seen=true to measure "
-            "all the same (every table then says so)"
-        )
+    for part, name in (("test", "test"), ("val", "validation")):
+        known = run.data.known(part, seen)
+        if known and not run.cfg.allow_seen:
+            raise UserError(
+                f"{key} has seen {len(known)} of the {len(run.data.split.part(part))} {name} cases of "
+                f"fold={run.cfg.fold}, the first is {known[0].id}; give weights that were trained on other cases, or "
+                "set allow_seen=true to measure all the same (every table then says so)"
+            )
     return seen
 
 
