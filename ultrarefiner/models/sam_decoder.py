@@ -189,7 +189,9 @@ def _scores(
     return scores.unflatten(1, turned.shape[1:3])
 
 
-def _under_tokens(x: Float[Tensor, "P C 4*h 4*w"], height: int, width: int) -> Float[Tensor, "P h*w 4 4*C"]:
+def _under_tokens(
+    x: Float[Tensor, "P C 4*{height} 4*{width}"], height: int, width: int
+) -> Float[Tensor, "P {height}*{width} 4 4*C"]:
     """The 16 pixels under each token.
 
     Row 4i + 2a + c and column 4j + 2b + d belong to token (i,j), there to pixel (a,b), there to (c,d).
