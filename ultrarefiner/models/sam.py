@@ -21,6 +21,7 @@ from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.sam_decoder import Embedding
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, fetch, load_strictly, read_state_dict
+from ultrarefiner.ranks import rank
 
 if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder, PromptEncoder
@@ -239,7 +240,7 @@ def load_sam(
         checkpoint: the weights: a path, or "auto" for the publisher's file; see `fetch`. Not needed for litemedsam
             (they come with its package) and tiny (random weights).
         random_init: random weights in place of a file, drawn with `seed`.
-        fused: LiteMedSAM's frozen encoder runs with folded batch norms; see `LiteEncoder`.
+        fused: a frozen TinyViT (LiteMedSAM, MobileSAM) runs with folded batch norms; see `LiteEncoder`.
         checkpointing: recompute the image encoder's activations in the backward pass, for little memory.
 
     Raises:
@@ -265,7 +266,7 @@ def load_sam(
         others = [name for name, other in FAMILIES.items() if other.recognises(state)]
         found = f"of {' or '.join(others)}" if others else "of none of the known families"
         raise UserError(f"{checkpoint} holds weights {found}, not of {family}; choose the family of the file.")
-    if kind.notice:
+    if kind.notice and rank() == 0:
         log.warning("%s: its weights are under %s: %s.", family, kind.licence, kind.notice)
     with torch.device("meta" if kind.meta else "cpu"):
         sam = Sam(family, *kind.build(fused=fused, checkpointing=checkpointing))
