@@ -1,6 +1,6 @@
 """Coarse network → refiner, and the one place where the gradient between them is scaled."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from ultrarefiner.refine.refiner import Refinement, Refiner
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -83,7 +83,7 @@ class Cascade(nn.Module):
         """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
         coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
-        refined = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
+        refined: Refinement = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)

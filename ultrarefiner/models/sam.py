@@ -128,7 +128,8 @@ class Sam(nn.Module):
         return self.embeddings(image, self.image_encoder, self.family, self._encode)
 
     def _encode(self, image: Tensor) -> Tensor | Embedding:
-        return self.image_encoder(self.normalise(image) if image.shape[1] == 1 else image)
+        embedding: Tensor | Embedding = self.image_encoder(self.normalise(image) if image.shape[1] == 1 else image)
+        return embedding
 
     def decode(
         self,
@@ -185,7 +186,8 @@ class Sam(nn.Module):
             prompts = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
         else:
             prompts = sam_decoder.embed_masks(self.prompt_encoder, masks[part])
-        return (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
+        tokens: Tensor = (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
+        return tokens
 
     def _embed_places(self, height: int, width: int) -> Float[Tensor, "N D"]:
         """The position of every token of the image."""
@@ -214,7 +216,8 @@ class Sam(nn.Module):
             places.append(boxes.unflatten(1, (2, 2)))
             kinds.append(torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 2))
         if not places:
-            return encoder.no_mask_embed.weight.new_empty(1, 0, encoder.embed_dim)
+            nothing: Tensor = encoder.no_mask_embed.weight.new_empty(1, 0, encoder.embed_dim)
+            return nothing
         if boxes is None or FAMILIES[self.family].pads_boxes:
             places.append(places[0].new_zeros(len(places[0]), 1, 2))
             kinds.append(kinds[0].new_full((len(kinds[0]), 1), -1))

@@ -136,7 +136,8 @@ def draw(
     # In this order the way back leaves the largest tensors as they lie.
     logits = x.flatten(2).unflatten(2, (16, -1)).flatten(1, 2) @ weights.mT
     logits = logits.unflatten(1, (height, width, 2, 2, 2, 2))  # i, j, a, b, c, d as in `_under_tokens`
-    return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)
+    placed: Tensor = logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)
+    return placed
 
 
 def _layer(
@@ -161,7 +162,8 @@ def _to_image(
     weights = _scores(attention, attention.q_proj(query), attention.k_proj, key).softmax(-1)
     mixed = (weights.flatten(1, 2) @ value).unflatten(1, weights.shape[1:3])
     out = torch.einsum("phtc,hdc->pthd", mixed, attention.v_proj.weight.unflatten(0, (attention.num_heads, -1)))
-    return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+    attended: Tensor = attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+    return attended
 
 
 def _to_tokens(
@@ -173,7 +175,8 @@ def _to_tokens(
     out = torch.einsum("pthd,chd->phtc", values, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
     # The weights of a head sum to 1, so the bias, which is added once, may be shared out among the heads.
     out = out + attention.out_proj.bias / attention.num_heads
-    return weights.flatten(1, 2).mT @ out.flatten(1, 2)
+    attended: Tensor = weights.flatten(1, 2).mT @ out.flatten(1, 2)
+    return attended
 
 
 def _scores(
@@ -186,7 +189,8 @@ def _scores(
     turned = torch.einsum("pthd,hdc->phtc", few, weight)
     constant = torch.einsum("pthd,hd->pht", few, bias)
     scores = torch.baddbmm(constant.flatten(1)[..., None], turned.flatten(1, 2), many.mT)
-    return scores.unflatten(1, turned.shape[1:3])
+    scaled: Tensor = scores.unflatten(1, turned.shape[1:3])
+    return scaled
 
 
 def _under_tokens(

@@ -57,7 +57,8 @@ class LiteAttention(nn.Module):
         query, key, value = qkv.split(self.split, dim=-1)
         bias = self.attention_biases[None, :, self.attention_bias_idxs].to(query.dtype)  # the fused kernel wants 4 axes
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 class LiteEncoder(nn.Module):
@@ -117,7 +118,8 @@ class LiteEncoder(nn.Module):
 
 def _on_a_grid(tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B C h w"]:
     side = int(tokens.shape[1] ** 0.5)
-    return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid: Tensor = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return grid
 
 
 def _fuse(module: Any) -> None:

@@ -15,7 +15,7 @@ segment-anything's own code), and without gradients ("frugal") the other layers 
 """
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +100,13 @@ class _InPieces(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         out = _attend_in_pieces(query, key, value, by_row, by_column)
         ctx.save_for_backward(query, key, value, by_row, by_column, out)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         query, key, value, by_row, by_column, out = ctx.saved_tensors
         batch, heads, tokens, depth = query.shape
         images, group, step = max(1, SCORES // (heads * tokens**2)), heads, tokens
@@ -175,7 +175,8 @@ class ViTBlock(nn.Module):
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         x = self.attn.proj(out).add_(x)  # in place: a linear layer's gradient does not need its output
-        return self.mlp(self.norm2(x)).add_(x)
+        tokens: Tensor = self.mlp(self.norm2(x)).add_(x)
+        return tokens
 
     def _attend_strip_by_strip(self, qkv: Float[Tensor, "B H W QKV"]) -> Float[Tensor, "B H W C"]:
         """One row of windows at a time."""
@@ -258,5 +259,7 @@ def run_block(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
         and torch.is_grad_enabled()
         and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
     ):
-        return checkpoint(block, x, use_reentrant=False)
-    return block(x)
+        x = checkpoint(block, x, use_reentrant=False)
+    else:
+        x = block(x)
+    return x
