@@ -311,8 +311,9 @@ def test_what_families_say_of_themselves():
     assert options.keys() == FAMILIES.keys()
     datasets = {path.stem for path in (CONF / "dataset").glob("*.yaml")}
     for name, path in options.items():
-        comment, *_ = path.read_text().splitlines()
-        kind, node = FAMILIES[name], OmegaConf.load(path)
+        package, comment, *_ = path.read_text().splitlines()
+        kind, node = FAMILIES[name], OmegaConf.load(path).sam
+        assert package == "# @package model"
         assert comment.startswith("# ") and kind.licence in comment
         assert node == {"_target_": "ultrarefiner.models.sam.load_sam", "family": name, "checkpoint": None}
         assert set(kind.trained_on) <= datasets

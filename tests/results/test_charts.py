@@ -14,7 +14,7 @@ def figures(monkeypatch) -> list:
     """The figures as they are when they are written."""
     written: list = []
     save = drawing.save
-    monkeypatch.setattr(charts, "save", lambda drawn, out: (written.append(drawn), save(drawn, out)))
+    monkeypatch.setattr(charts, "save", lambda drawn, out: written.append(drawn) or save(drawn, out))
     return written
 
 

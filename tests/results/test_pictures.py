@@ -123,7 +123,7 @@ def figures(monkeypatch) -> list:
     """The figures as they are when they are written."""
     written: list = []
     save = drawing.save
-    monkeypatch.setattr(pictures, "save", lambda drawn, out: (written.append(drawn), save(drawn, out)))
+    monkeypatch.setattr(pictures, "save", lambda drawn, out: written.append(drawn) or save(drawn, out))
     return written
 
 

@@ -7,7 +7,7 @@ rest is dealt out to the folds, each class and lesion size in its share.
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def group_cases(cases: Sequence[Case], index: Index) -> list[int]:
 
 
 def limit_split(
-    split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping[Any, int], seed: int
+    split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping[Any, Hashable], seed: int
 ) -> Split:
     """A seeded subset of whole groups of each part, no larger than its limit (but for a first group that is).
 
@@ -143,7 +143,7 @@ def limit_split(
     return replace(split, **chosen)
 
 
-def hold_out(split: Split, part: int, parts: int, groups: Mapping[Any, int], seed: int) -> Split:
+def hold_out(split: Split, part: int, parts: int, groups: Mapping[Any, Hashable], seed: int) -> Split:
     """Take one of ``parts`` out of the training cases, by whole groups, each class in its share.
 
     A network that is trained on what is left has never seen the part: its predictions of it are out-of-fold. The parts
@@ -340,7 +340,7 @@ def _reconcile(cases: Sequence[Case], roles: Sequence[str], groups: Sequence[int
 
 
 def _some(
-    cases: tuple[Case, ...], limit: int | None, groups: Mapping[Any, int], rng: np.random.Generator
+    cases: tuple[Case, ...], limit: int | None, groups: Mapping[Any, Hashable], rng: np.random.Generator
 ) -> tuple[Case, ...]:
     if limit is None or len(cases) <= limit:
         return cases

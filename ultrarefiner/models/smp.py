@@ -73,7 +73,7 @@ class SmpNetwork(nn.Module):
         training = self.training
         self.eval()
         try:
-            found = tuple(self(torch.zeros(1, 1, size, size)).shape)
+            found = tuple(self.network(torch.zeros(1, 3, size, size)).shape)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"model.coarse: {what} refuses images of {size} px ({' '.join(str(error).split())})"

@@ -38,7 +38,7 @@ class Reliability:
         self._probability, self._lesion = np.zeros(bins), np.zeros(bins)
         self._squares = 0.0
 
-    def add(self, prob: Float[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> None:
+    def add(self, prob: Float[np.ndarray, "H W"], truth: Bool[np.ndarray, "h w"]) -> None:
         """Count the pixels of one case.
 
         Raises:

@@ -28,6 +28,7 @@ from typing import Any
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 
 from ultrarefiner.data.failures.shapes import (
     KINDS,
@@ -113,11 +114,11 @@ class FailureSimulator:
         if not 0 <= self.wobble <= 1:
             raise UserError(f"wobble is {wobble}: give the share of the lost Dice it may take, from 0 to 1.")
 
-    def __call__(self, mask: Bool[np.ndarray, "H W"], seed: int) -> Float[np.ndarray, "H W"]:
+    def __call__(self, mask: NDArray[Any], seed: int) -> Float[np.ndarray, "H W"]:
         """The probability (H, W) float32 in [0, 1] for a mask (H, W) bool; the same for the same seed, everywhere."""
         return self.simulate(mask, seed).prob
 
-    def simulate(self, mask: Bool[np.ndarray, "H W"], seed: int) -> Failure:
+    def simulate(self, mask: NDArray[Any], seed: int) -> Failure:
         """As calling, with the kind, the wanted and the reached Dice and the edge width.
 
         Seeds that follow each other (base, base + 1, …) fill the bins evenly: their low-discrepancy sequence meets the
@@ -369,6 +370,6 @@ def _checked_kinds(kinds: Mapping[str, float] | None) -> dict[str, float]:
 _DEFAULT = FailureSimulator()
 
 
-def simulate_failure(mask: Bool[np.ndarray, "H W"], seed: int) -> Float[np.ndarray, "H W"]:
+def simulate_failure(mask: NDArray[Any], seed: int) -> Float[np.ndarray, "H W"]:
     """The default simulator's probability (H, W) float32 in [0, 1] for a lesion mask (H, W) bool and a seed >= 0."""
     return _DEFAULT(mask, seed)
