@@ -49,7 +49,7 @@ def add_lora(
     Args:
         sam: changed in place.
         rank: inner dimension, at least 1. alpha: the terms are scaled by alpha/rank.
-        blocks: a number n for the last n blocks, or the indices of blocks (negative ones count from the end); None is all.
+        blocks: n for the last n blocks, or the indices of blocks (negative ones count from the end); None is all.
         targets: of "qkv" and "proj".
 
     Returns:
