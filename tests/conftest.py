@@ -15,6 +15,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def nothing_left_running() -> Iterator[None]:
     """After the last test no process may be left over: it would train on for hours. It is named, and ended."""
     os.environ[MARK] = str(uuid.uuid4())
     yield
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # its service is one for all runs of a process, and ends with it
+    forkserver._forkserver._stop()  # as it does by itself when this process ends
     until = time.monotonic() + FAREWELL_SECONDS
     while (left := _left_over()) and time.monotonic() < until:
         time.sleep(0.2)

@@ -60,7 +60,7 @@ def test_the_defaults_are_those_of_the_published_recipe():
         0.2,
         0.01,
         0.1,
-        5,
+        0,
     )
     assert (off.coarse_loss_weight, off.refined_loss_weight, off.grad_scale, off.weight_reg, off.freeze_epochs) == (
         0.7,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import get_class
 from jaxtyping import Bool, Float, Float32, UInt8
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
@@ -28,8 +29,10 @@ from ultrarefiner.results.metrics import native_mask
 from ultrarefiner.runs.build import build_cascade
 from ultrarefiner.runs.checkpoints import BEST
 
-Picture = UInt8[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"]
-CoarseMask = Bool[np.ndarray, "H W"] | Float[np.ndarray, "H W"]
+Picture = NDArray[Any]
+"""(H,W) or (H,W,3), 8 bits; checked where it is used."""
+CoarseMask = NDArray[Any]
+"""(H,W): a mask (bool), or probabilities in [0, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +155,8 @@ def _untrained(cfg: Any) -> Cascade:
     with open_dict(cfg):
         cfg.model.coarse_weights = None
         cfg.model.cache_embeddings = False
-        if cfg.model.sam.get("checkpoint") is not None:
-            cfg.model.sam |= {"checkpoint": None, "random_init": True}
+        if cfg.model.sam._target_ == "ultrarefiner.models.sam.load_sam":
+            cfg.model.sam = {**cfg.model.sam, "checkpoint": None, "random_init": True}
     kind: type[Phase] = get_class(cfg.phase._target_)
     return build_cascade(cfg, kind.parts, {})
 

@@ -158,6 +158,17 @@ def _portable(value: Any, key: str) -> Any:
         raise UserError(f"{key}={value} cannot be read ({error.strerror}); give the path of a weights file") from error
 
 
+def portable(value: Any) -> Any:
+    """Plain settings without the paths of this machine: weights that stood in a file are null, data lie nowhere."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: None if name in WEIGHT_FILES and inner not in NAMES_OF_WEIGHTS else portable(inner)
+        for name, inner in value.items()
+        if name not in PLACES
+    }
+
+
 def _without_files(value: Any) -> Any:
     if not isinstance(value, dict):
         return value

@@ -137,5 +137,5 @@ def test_it_trains_and_is_part_of_what_defines_the_run(tmp_path):
     cfg = [f"output_root={tmp_path}", "phase=sam"]
     plain, shared = (run(compose(*cfg, f"phase.masks_per_image={k}")) for k in (1, 2))
     assert plain != shared and json.loads((shared / "summary.json").read_text())["test"]["refined"]
-    with pytest.raises(UserError, match="masks_per_image=0"):
+    with pytest.raises(UserError, match=r"phase\.masks_per_image must be 1 or more, got 0"):
         run(compose(*cfg, "phase.masks_per_image=0"))

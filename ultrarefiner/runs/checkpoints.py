@@ -12,9 +12,12 @@ from pytorch_lightning.callbacks import Checkpoint
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, read_json, replacing
+from ultrarefiner.settings import portable
 
 log = logging.getLogger(__name__)
 
+BUILDS = ("model", "prompt_style", "roi", "gate", "phase", "fold", "seed")
+"""The nodes of the configuration that a checkpoint carries."""
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
@@ -23,10 +26,11 @@ def about(settings: dict[str, Any], config: dict[str, Any], seen: Seen) -> dict[
 
     Args:
         settings: what defines the result.
-        config: the whole configuration, from which its networks can be built again.
+        config: the whole configuration; kept is what its networks can be built from again, without this machine's paths.
         seen: the images that its weights know, and those of all that they started from.
     """
-    return {"ultrarefiner": settings, "config": config, "seen": seen.as_lists()}
+    kept = {name: node for name, node in config.items() if name in BUILDS}
+    return {"ultrarefiner": settings, "config": portable(kept), "seen": seen.as_lists()}
 
 
 def said_of(path: Path, content: Any = None) -> dict[str, Any]:
