@@ -26,7 +26,7 @@ def about(settings: dict[str, Any], config: dict[str, Any], seen: Seen) -> dict[
 
     Args:
         settings: what defines the result.
-        config: the whole configuration; kept is what its networks can be built from again, without this machine's paths.
+        config: the whole configuration; kept is what its networks can be built from, without this machine's paths.
         seen: the images that its weights know, and those of all that they started from.
     """
     kept = {name: node for name, node in config.items() if name in BUILDS}
