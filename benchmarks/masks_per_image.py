@@ -18,7 +18,7 @@ from page import table
 
 from ultrarefiner.files import write_atomically
 from ultrarefiner.results.statistics import over_cases
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"train": 64, "val": 8, "test": 80}

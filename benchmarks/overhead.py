@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 
 from ultrarefiner import cli, config
-from ultrarefiner.runs import training
+from ultrarefiner.runs import experiment, training
 
 WATCHERS = ("MetricsTable", "KeepCheckpoints", "Estimate", "Patience", "Interruption", "ProgressBar")
 START = """
@@ -84,7 +84,7 @@ def measure(overrides: list[str]) -> tuple[float, dict[str, float], int]:
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         cfg = compose("train", overrides)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        training.run(cfg)
+        experiment.run(cfg)
     training._trainer = make
     return whole["seconds"], dict(spent), int(whole["steps"])
 

@@ -10,8 +10,8 @@ Written by `make bench` (`python benchmarks/performance.py`); each section says 
 float32 on the CPU unless said. Seconds are medians of the repeats. What is compared runs in turn in the same session,
 each in a process of its own after a call that does not count, and peak memory is the most that its process ever held
 (for the encoders: what a call added). Weights are random where none come with the installation: they do not change what
-a step costs. That each faster path computes the same is tested: `tests/models/test_sam.py`, `tests/refine/test_refine.py`,
-`tests/runs/test_shared_crop.py`, `tests/models/test_embedding_cache.py`.
+a step costs. That each faster path computes the same is tested: `tests/models/test_sam.py`,
+`tests/refine/test_refine.py`, `tests/runs/test_shared_crop.py`, `tests/models/test_embedding_cache.py`.
 
 "Memory kept": by default the C library gives large blocks back to the system, and each new one comes as pages that must
 be cleared first, which costs more the more memory a program moves. A training on a CPU keeps its memory instead

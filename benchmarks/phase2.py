@@ -100,7 +100,7 @@ def full_frame(cached: bool, cases: int) -> list[str]:
 
 def experiment(images: int, epochs: int) -> Repeat:
     """A factory: a whole run of Phase 2 with model=tiny, from phantoms to summary, on so many training images."""
-    from ultrarefiner.runs.training import run
+    from ultrarefiner.runs.experiment import run
 
     options = [
         f"dataset.reader.cases={3 * images}",

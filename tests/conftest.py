@@ -1,9 +1,23 @@
 """What the tests share."""
 
+# ruff: noqa: E402  # the checks must be there before the package is
+import type_checks
+
+type_checks.install()
+
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
-from dataclasses import dataclass
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +25,65 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig
 
 from data_layouts import SHARED
-from ultrarefiner import cli, config, train
+from ultrarefiner import cli, config, settings, train
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _seed(item: pytest.Item) -> None:
+    """PyTorch's numbers follow pytest-randomly's seed too: others in each run, and `--randomly-seed=N` repeats them."""
+    torch.manual_seed(item.config.getoption("randomly_seed", 0) + zlib.crc32(item.nodeid.encode()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures."""
+    _seed(item)
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Before the test itself, which must not depend on what its fixtures drew."""
+    _seed(item)
+
+
+FAREWELL_SECONDS = 15
+"""How long a process may take to end after the last test, before it counts as left over."""
+MARK = "ULTRAREFINER_TESTS"
+"""The environment variable by which processes are known that the tests started, their children included."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """After the last test no process may be left over: it would train on for hours. It is named, and ended."""
+    os.environ[MARK] = str(uuid.uuid4())
+    yield
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # its service is one for all runs of a process, and ends with it
+    forkserver._forkserver._stop()  # as it does by itself when this process ends
+    until = time.monotonic() + FAREWELL_SECONDS
+    while (left := _left_over()) and time.monotonic() < until:
+        time.sleep(0.2)
+    for process in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    assert not left, f"still running after the tests: {left}"
+
+
+def _left_over() -> dict[int, str]:
+    """The processes that tests started and that still run, by number; without /proc only forks of this one."""
+    found = {process.pid or 0: process.name for process in multiprocessing.active_children()}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            # Python's own resource tracker ends with this process.
+            if f"{MARK}={os.environ[MARK]}".encode() in environment and "resource_tracker" not in command:
+                found[int(process.name)] = command
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +112,15 @@ def compose(*overrides: str, micro: bool = True) -> DictConfig:
     config.register()
     Plugins.instance().register(cli.ExperimentsPath)
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return hydra_compose("train", [*(MICRO if micro else []), *overrides])
+        cfg = hydra_compose("train", [*(MICRO if micro else []), *overrides])
+    settings.check(cfg)
+    return cfg
+
+
+def phase_defaults(schema: type[config.PhaseConfig]) -> dict[str, Any]:
+    """The arguments of a phase's class that have a default, with it."""
+    known = {one.name: one.default for one in fields(schema) if one.name not in config.not_arguments()}
+    return {name: value for name, value in known.items() if name != "_target_" and value != MISSING}
 
 
 @dataclass
@@ -85,7 +158,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory) -> Path:
     """An output_root in which all three phases of the micro experiment are finished."""
-    from ultrarefiner.runs.training import run
+    from ultrarefiner.runs.experiment import run
 
     root = tmp_path_factory.mktemp("finished")
     run(compose(f"output_root={root}"))

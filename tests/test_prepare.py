@@ -1,14 +1,11 @@
 """The look at a dataset before training, and the worked example of a new one."""
 
-import csv
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
@@ -118,59 +115,6 @@ def test_what_is_left_out_and_what_is_odd_is_said(prepared, tmp_path):
     done = prepared("dataset=busi", f"data_root={root}")
     assert done.status == 0 and "benign/notes.txt" in done.out and "4 (left out unless" in done.out
     assert "Suspicious (1)" in done.out and "the same file as busi malignant (9)" in " ".join(done.out.split())
-
-
-def read(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_simulated_masks_as_files(prepared, tmp_path):
-    root = write_folder(tmp_path / "data")
-    out = tmp_path / "set" / "masks"
-    arguments = ("dataset=folder", f"data_root={root}", "failures=40", f"failures_out={out}")
-    assert prepared(*arguments).status == 0
-    files = read(out)
-    rows = list(csv.DictReader((out / "failures.csv").open()))
-    assert len(rows) == 40 == len(files) - 2 and {row["file"] for row in rows} < set(files)
-    assert cv2.imread(str(out / "sheet.png")).shape == (4 * 240, 8 * 112, 3)
-    for row in rows:
-        assert 0.6 <= float(row["dice"]) <= 0.99 and row["id"].startswith("case_") and row["kind"]
-        prob = cv2.imread(str(out / row["file"]), cv2.IMREAD_UNCHANGED)
-        assert prob.dtype == np.uint16 and prob.shape == (32, 32)
-    assert prepared(*arguments).status == 0 and read(out) == files  # the same again, in its place
-    assert prepared(*arguments, "seed=1").status == 0 and read(out) != files
-    assert [path.name for path in out.parent.iterdir()] == ["masks"]
-
-
-def test_simulated_masks_never_leave_their_folder_or_overwrite_another(prepared, tmp_path):
-    from ultrarefiner.data.failures.files import file_name
-
-    for id in ("../../up", "/etc/passwd", "a\nb", "..", "ä" * 300, ""):
-        name = file_name(3, id)
-        assert Path(name).name == name and re.fullmatch(r"000003-[A-Za-z0-9_-]*\.png", name) and len(name) < 80
-    root = write_folder(tmp_path / "data")
-    done = prepared("dataset=folder", f"data_root={root}", "failures=2", f"failures_out={root}")
-    assert done.status == 1 and "holds something else" in done.err and (root / "images").is_dir()
-    (tmp_path / "file").write_text("x")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        done = prepared("dataset=folder", f"data_root={root}", "failures=2", f"failures_out={out}")
-        assert done.status == 1 and "failures_out=" in done.err
-    for arguments, words in ((["failures=-1"], "failures=-1"), (["failures=some"], "failures=some")):
-        done = prepared("dataset=folder", f"data_root={root}", *arguments)
-        assert done.status == 1 and words in done.err
-
-
-def test_an_interrupted_set_leaves_nothing(prepared, tmp_path, monkeypatch):
-    from ultrarefiner.data.failures import FailureSimulator
-
-    root = write_folder(tmp_path / "data")
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(FailureSimulator, "simulate", stop)
-    done = prepared("dataset=folder", f"data_root={root}", "failures=2", f"failures_out={tmp_path}/set/masks")
-    assert done.status == 130 and not list((tmp_path / "set").iterdir())
 
 
 def test_the_example_of_a_new_dataset_in_the_readme_works(tmp_path):

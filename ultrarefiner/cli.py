@@ -4,6 +4,7 @@ Imports neither torch nor anything that does.
 """
 
 import difflib
+import io
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config
+from ultrarefiner import config, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -44,6 +45,9 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     A mistake of the user ends with one sentence on stderr and status 1, an interrupt with status 130; anything else is
     a bug and keeps its stack trace. SIGTERM is an interrupt too (status 143).
     """
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may not know → and ┃: no reason to end a training
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
@@ -54,6 +58,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
 
     def guarded(cfg: DictConfig) -> object:
         try:
+            settings.check(cfg)
             return task(cfg)
         except UserError as error:
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.

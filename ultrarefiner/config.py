@@ -1,26 +1,30 @@
 """The schema of conf/: one dataclass for each group, so that a typo or a wrong type fails at composition.
 
-The YAML options of a group extend its schema. Parts that are built by `_target_` and that a user may replace with a
-class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the arguments of that class,
-and one that the class does not take is refused when it is built, before anything is trained.
+A field says all that is known of a setting: its type, its default, which values it may have, and what it means for a
+result (see `setting`). The YAML options of a group extend its schema. Parts that are built by `_target_` and that a
+user may replace with a class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the
+arguments of that class, and one that the class does not take is refused when it is built, before anything is trained.
+Imports neither torch nor anything that does: `--help` and completion must be quick."""
 
-This file imports neither torch nor anything that does: `--help` and completion must be quick.
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+
+from ultrarefiner.settings import BRIDGE, COARSE, SAM, about, setting
 
 
 @dataclass
 class CoarseSchedule:
-    """How long Phase 1 trains; the defaults are the seed's."""
+    """How Phase 1 trains a coarse network; the defaults are the seed's."""
 
     epochs: int = 150
     batch_size: int = 24
     lr: float = 0.01
+    optimizer: str = "torch.optim.SGD"
+    momentum: float | None = 0.9  # null for an optimiser that takes none
+    weight_decay: float = 1e-4
 
 
 @dataclass
@@ -67,7 +71,7 @@ class PromptDefaults:
 class RoiDefaults:
     """What a model is best shown of a lesion; `roi=on` takes it from here."""
 
-    expand_ratio: float = 0.5
+    expand_ratio: float = setting(0.5, at_least=0)
     """Growth of the lesion's box on every side, of its own size."""
     square: bool = True
     """Show a square of native pixels; false stretches the lesion's own box to a square."""
@@ -86,11 +90,9 @@ class TrainedParts:
 class LoraConfig:
     """Low-rank terms on the attention of SAM's image encoder, see `models.lora.add_lora`."""
 
-    rank: int = 0
-    """0 is off."""
-    alpha: float = 4.0
-    blocks: Any = None
-    """null: all blocks; n: the last n; a list: these."""
+    rank: int = setting(0, at_least=0)  # 0 is off
+    alpha: float = setting(4.0, above=0)
+    blocks: Any = None  # null: all blocks; n: the last n; a list: these
     targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])
 
 
@@ -98,30 +100,30 @@ class LoraConfig:
 class ModelConfig:
     """A pair of networks."""
 
-    name: str = MISSING
-    image_size: int = 512
+    name: str = setting(result=False)
+    image_size: int = setting(512, of=(SAM,), fits=True, at_least=16, at_most=8192)
     """Side of the frame that crops are taken from, px."""
-    coarse_size: int = 224
+    coarse_size: int = setting(224, of=(COARSE, SAM), fits=True, at_least=16, at_most=8192)
     """Side of the coarse network's input and output, px."""
-    frame: str = "pad"
+    frame: str = setting("pad", result=False, one_of=("pad", "stretch"))
     """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
-    coarse: dict[str, Any] = MISSING
-    coarse_weights: str | None = None
+    coarse: dict[str, Any] = setting(of=(COARSE,), fits=True)
+    coarse_weights: str | None = setting(None, of=(COARSE,))
     """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
-    sam: dict[str, Any] = MISSING
-    train: TrainedParts = field(default_factory=TrainedParts)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpointing: bool = False
+    sam: dict[str, Any] = setting(of=(SAM,), fits=True)
+    train: TrainedParts = setting(TrainedParts, of=(SAM,))
+    lora: LoraConfig = setting(LoraConfig, of=(SAM,), fits=True)
+    checkpointing: bool = setting(False, result=False)
     """Recompute the image encoder's activations in the backward pass: less memory, more time, the same result."""
-    gradient: str = "exact"
+    gradient: str = setting("exact", of=(BRIDGE,), one_of=("exact", "frozen"))
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
-    cache_embeddings: bool = False
+    cache_embeddings: bool = setting(False, of=(SAM,))
     """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
     roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
-    selection_temperature: float = 0.1
-    roi: RoiDefaults = field(default_factory=RoiDefaults)
-    prompts: PromptDefaults = field(default_factory=PromptDefaults)
-    schedule: Schedules = field(default_factory=Schedules)
+    selection_temperature: float = setting(0.1, of=(SAM,), above=0)
+    roi: RoiDefaults = setting(RoiDefaults, result=False)
+    prompts: PromptDefaults = setting(PromptDefaults, result=False)
+    schedule: Schedules = setting(Schedules, result=False)
 
 
 @dataclass
@@ -131,12 +133,12 @@ class PromptStyleConfig:
     name: str = MISSING
     _target_: str = "ultrarefiner.refine.prompts.Prompts"
     mask: dict[str, Any] | None = None
-    use_mask: bool = True
-    point: bool = True
-    negative_point: bool = True
-    box: bool = True
-    box_k: float = 2.5
-    temperature: float = 1.0
+    use_mask: bool = MISSING
+    point: bool = MISSING
+    negative_point: bool = MISSING
+    box: bool = MISSING
+    box_k: float = setting(above=0)
+    temperature: float = setting(above=0, at_most=1)
 
 
 @dataclass
@@ -145,11 +147,11 @@ class LesionRoiConfig:
 
     name: str = "on"
     _target_: str = "ultrarefiner.refine.roi.LesionRoi"
-    expand_ratio: float = MISSING
-    k: float = 2.5
-    min_size: float = 0.1
+    expand_ratio: float = setting(at_least=0)
+    k: float = setting(2.5, above=0)
+    min_size: float = setting(0.1, above=0, at_most=1)
     square: bool = MISSING
-    temperature: float = MISSING
+    temperature: float = setting(above=0, at_most=1)
 
 
 @dataclass
@@ -163,19 +165,27 @@ class FullFrameConfig:
 
 @dataclass
 class ProtectionConfig:
-    """What keeps Phase 3 from harming the coarse network."""
+    """What keeps Phase 3 from harming the coarse network (seed: "TransUNet Protection Options")."""
 
     name: str = MISSING
-    _target_: str = "ultrarefiner.phases.protection.Protection"
-    coarse_loss_weight: float = 0.5
-    refined_loss_weight: float = 0.5
-    grad_scale: float = 1.0
-    weight_reg: float = 0.0
-    freeze_epochs: int = 0
-    sam_freeze_epochs: int = 0
+    coarse_loss_weight: float = setting(0.5, at_least=0)
+    """λc."""
+    refined_loss_weight: float = setting(0.5, at_least=0)
+    """λr."""
+    grad_scale: float = setting(1.0, at_least=0)
+    """Factor on the gradient that the refiner sends to the coarse network; 0 cuts it."""
+    weight_reg: float = setting(0.0, at_least=0)
+    """Weight of Σ(θ − θ₀)², θ₀ the coarse network's weights at the start of the phase."""
+    freeze_epochs: int = setting(0, at_least=0)
+    """Epochs in which the coarse network does not move."""
+    sam_freeze_epochs: int = setting(0, at_least=0)
+    """Epochs in which SAM does not move."""
     hold_batchnorm: bool = False
-    warn_drop: float = 0.005
-    guard: float | None = None
+    """Keep the coarse network's batch statistics as they were; a batch of four would let them drift."""
+    warn_drop: float = setting(0.005, at_least=0)
+    """Warn when the coarse Dice falls below the Phase 1 baseline by more than this."""
+    guard: float | None = setting(None, at_least=0)
+    """Restore the best coarse weights when the coarse Dice falls below its baseline by more than this; null never."""
 
 
 @dataclass
@@ -184,12 +194,14 @@ class PhaseConfig:
 
     name: str = MISSING
     _target_: str = MISSING
-    epochs: int = MISSING
-    batch_size: int = MISSING
+    epochs: int = setting(at_least=1)
+    batch_size: int = setting(at_least=1)
     optimizer: dict[str, Any] = MISSING
-    patience: int | None = None
+    grad_clip: float | None = setting(None, above=0)
+    """Largest norm of the gradient; null does not clip."""
+    patience: int | None = setting(None, argument=False, at_least=1)
     """End when the validation Dice has not risen for so many epochs; null trains to the end."""
-    ema_decay: float | None = None
+    ema_decay: float | None = setting(None, argument=False, above=0, below=1)
     """Judge, and keep, an exponential moving average of the weights, such as 0.999; null keeps the weights."""
 
 
@@ -199,38 +211,44 @@ class CoarsePhaseConfig(PhaseConfig):
 
     name: str = "coarse"
     _target_: str = "ultrarefiner.phases.coarse.CoarsePhase"
-    lr: float = MISSING
-    poly_power: float = 0.9
-    ce_weight: float = 0.5
-    dice_weight: float = 0.5
-    grad_clip: float | None = None
+    lr: float = setting(at_least=0)
+    poly_power: float = setting(0.9, at_least=0)
+    ce_weight: float = setting(0.5, at_least=0)
+    dice_weight: float = setting(0.5, at_least=0)
 
 
 @dataclass
 class SamPhaseConfig(PhaseConfig):
-    """Phase 2: SAM on simulated coarse masks."""
+    """Phase 2: SAM on simulated coarse masks, or on real ones."""
 
     name: str = "sam"
     _target_: str = "ultrarefiner.phases.sam.SamPhase"
-    lr: float = MISSING
-    bce_weight: float = 1.0
-    dice_weight: float = 1.0
-    focal_weight: float = 0.5
-    change_weight: float = 0.5
-    iou_weight: float = 0.1
-    good_from: float = 0.6
-    grad_clip: float | None = 1.0
-    failures: dict[str, Any] = MISSING
-    masks_per_image: int = 1
+    lr: float = setting(at_least=0)
+    bce_weight: float = setting(1.0, at_least=0)
+    dice_weight: float = setting(1.0, at_least=0)
+    focal_weight: float = setting(0.5, at_least=0)
+    change_weight: float = setting(0.5, at_least=0)
+    iou_weight: float = setting(0.1, at_least=0)
+    good_from: float = setting(0.6, at_least=0, below=1)
+    """Coarse Dice from which on a change costs."""
+    grad_clip: float | None = setting(1.0, above=0)
+    failures: dict[str, Any] = setting(argument=False)
+    """What simulates the coarse masks."""
+    masks_per_image: int = setting(1, argument=False, at_least=1)
     """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
     cases and batch_size·masks_per_image masks."""
-    softness: str | None = None
+    masks: str | None = setting(None, argument=False)
+    """A folder of coarse masks with their table (`ultrarefiner.simulate` writes such); null simulates new ones in every
+    epoch."""
+    softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
-    real_ratio: float = 0.0
+    bins: str | None = setting(None, argument=False, one_of=(None, "fit"))
+    """fit: simulated masks are as good and as bad as Phase 1's out-of-fold predictions; null: as failures.bins says."""
+    real_ratio: float = setting(0.0, argument=False, at_least=0, at_most=1)
     """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask."""
-    parts: int = 4
+    parts: int = setting(4, argument=False, at_least=2)
     """Into how many parts the training cases are cut for that: so many networks are trained as in Phase 1."""
-    coarse: Any = None
+    coarse: Any = setting(None, argument=False)
     """How they are trained; null where none is needed."""
 
 
@@ -240,26 +258,26 @@ class E2EPhaseConfig(PhaseConfig):
 
     name: str = "e2e"
     _target_: str = "ultrarefiner.phases.e2e.E2EPhase"
-    coarse_lr: float = MISSING
-    sam_lr: float = MISSING
-    ce_weight: float = 0.5
-    coarse_dice_weight: float = 0.5
-    bce_weight: float = 1.0
-    dice_weight: float = 1.0
-    grad_clip: float | None = 1.0
-    coarse_checkpoint: str | None = None
-    sam_checkpoint: str | None = None
-    coarse: CoarsePhaseConfig = field(default_factory=CoarsePhaseConfig)
-    sam: SamPhaseConfig = field(default_factory=SamPhaseConfig)
+    coarse_lr: float = setting(at_least=0)
+    sam_lr: float = setting(at_least=0)
+    ce_weight: float = setting(0.5, at_least=0)
+    coarse_dice_weight: float = setting(0.5, at_least=0)
+    bce_weight: float = setting(1.0, at_least=0)
+    dice_weight: float = setting(1.0, at_least=0)
+    grad_clip: float | None = setting(1.0, above=0)
+    coarse_checkpoint: str | None = setting(None, argument=False)
+    sam_checkpoint: str | None = setting(None, argument=False)
+    coarse: CoarsePhaseConfig = setting(CoarsePhaseConfig, argument=False)
+    sam: SamPhaseConfig = setting(SamPhaseConfig, argument=False)
 
 
 @dataclass
 class LimitConfig:
     """At most this many cases of each part, whole patients, for short runs; null is all of them."""
 
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
+    train: int | None = setting(None, at_least=1)
+    val: int | None = setting(None, at_least=1)
+    test: int | None = setting(None, at_least=1)
 
 
 @dataclass
@@ -268,9 +286,9 @@ class DatasetConfig:
 
     name: str = MISSING
     reader: dict[str, Any] = MISSING
-    folds: int = 5
-    test_fraction: float = 0.2
-    split_seed: int = 0
+    folds: int = setting(5, at_least=2)
+    test_fraction: float = setting(0.2, above=0, below=1)
+    split_seed: int = setting(0, at_least=0)
     """Of the partition; `seed` leaves it alone, so that runs of several seeds are tested on the same cases."""
     include_normal: bool = False
     limit: LimitConfig = field(default_factory=LimitConfig)
@@ -284,26 +302,26 @@ class DatasetConfig:
 
 @dataclass
 class TrainerConfig:
-    """How the machine is used; nothing here changes what is computed, except the precision."""
+    """How the machine is used; nothing here changes what is computed, except precision and accumulation."""
 
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    precision: str = "auto"
+    accelerator: str = setting("auto", result=False)
+    devices: int = setting(1, result=False, at_least=1)
+    num_nodes: int = setting(1, result=False, at_least=1)
+    strategy: str = setting("auto", result=False)
+    precision: str = setting("auto")
     """One of Lightning's; auto: bf16-mixed on a GPU that has it, else 32-true."""
-    num_workers: int = 0
-    accumulate: int = 1
-    deterministic: bool = True
-    compile: bool = False
+    num_workers: int = setting(0, result=False, at_least=0)
+    accumulate: int = setting(1, at_least=1)
+    deterministic: bool = setting(True, result=False)
+    compile: bool = setting(False, result=False)
     """Compile the coarse network and SAM's image encoder (`torch.compile`): minutes at the start, faster steps."""
-    budget_minutes: float | None = None
+    budget_minutes: float | None = setting(None, result=False, above=0)
     """Save and stop after so much time; the same command continues."""
-    save_minutes: float = 15.0
-    """Save inside an epoch when nothing was saved for so long; the end of an epoch is always saved."""
-    embeddings_gb: float = 10.0
+    save_minutes: float = setting(15.0, result=False, at_least=0)
+    """Save inside an epoch when nothing was saved for so long (0: after each step); its end is always saved."""
+    embeddings_gb: float = setting(10.0, result=False, at_least=0)
     """The most that model.cache_embeddings may take on disk, of all runs that share output_root."""
-    progress_bar: bool = True
+    progress_bar: bool = setting(True, result=False)
 
 
 @dataclass
@@ -311,19 +329,21 @@ class Config:
     """One experiment."""
 
     model: ModelConfig = MISSING
-    prompt_style: PromptStyleConfig = MISSING
-    roi: Any = MISSING
-    gate: Any = MISSING
+    prompt_style: PromptStyleConfig = setting(of=(SAM,), fits=True)
+    roi: Any = setting(of=(SAM,), fits=True)
+    gate: Any = setting(of=(SAM,), fits=True)
     phase: Any = MISSING
-    protection: ProtectionConfig = MISSING
+    protection: ProtectionConfig = setting(of=(BRIDGE,))
     dataset: DatasetConfig = MISSING
     trainer: TrainerConfig = MISSING
-    logger: dict[str, Any] = field(default_factory=dict)
-    fold: int = 0
-    seed: int = 0
-    data_root: str | None = None
-    output_root: str = "outputs"
-    upstream: str = "build"
+    logger: dict[str, Any] = setting(dict, result=False)
+    fold: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, below=2**32)
+    data_root: str | None = setting(None, result=False)
+    output_root: str = setting("outputs", result=False)
+    allow_seen: bool = setting(False, result=False)
+    """Measure weights that are given by path also on test cases that they have seen; every table then says so."""
+    upstream: str = setting("build", result=False, one_of=("build", "require"))
 
 
 @dataclass
@@ -334,24 +354,36 @@ class PrepareConfig:
     model: ModelConfig = MISSING
     data_root: str | None = None
     output_root: str = "outputs"
-    seed: int = 0
-    failures: int = 0
-    """How many simulated coarse masks to write."""
-    failures_out: str = "failures"
+
+
+@dataclass
+class SimulateConfig(PrepareConfig):
+    """Simulated coarse masks as files."""
+
     simulator: dict[str, Any] = MISSING
+    fold: int = setting(0, at_least=0)
+    seed: int = setting(0, at_least=0, below=2**32)
+    part: str = setting("train", one_of=("train", "val", "test"))
+    """Whose cases; test cases only where it is said."""
+    samples: int = setting(1000, at_least=1)
+    output: str = "masks"
 
 
 def register() -> None:
     """Make the schemas known to Hydra under the name `schema` of their groups."""
     store = ConfigStore.instance()
+    # A phase of a user's own has keys of its own besides those of every phase; its class refuses the misspelt ones.
+    any_phase = OmegaConf.structured(PhaseConfig, flags={"struct": False})
     store.store(name="schema", node=Config)
     store.store(name="schema_prepare", node=PrepareConfig)
+    store.store(name="schema_simulate", node=SimulateConfig)
     for group, name, node in (
         ("model", "schema", ModelConfig),
         ("prompt_style", "schema", PromptStyleConfig),
         ("roi", "schema_on", LesionRoiConfig),
         ("roi", "schema_off", FullFrameConfig),
         ("protection", "schema", ProtectionConfig),
+        ("phase", "schema", any_phase),
         ("phase", "schema_coarse", CoarsePhaseConfig),
         ("phase", "schema_sam", SamPhaseConfig),
         ("phase", "schema_e2e", E2EPhaseConfig),
@@ -359,3 +391,10 @@ def register() -> None:
         ("trainer", "schema", TrainerConfig),
     ):
         store.store(group=group, name=name, node=node)
+
+
+def not_arguments() -> frozenset[str]:
+    """Keys of a phase that are no arguments of its class."""
+    schemas: tuple[type[PhaseConfig], ...] = (PhaseConfig, *PhaseConfig.__subclasses__())
+    known = (one for schema in schemas for one in fields(schema))
+    return frozenset({"name", *(one.name for one in known if not about(one).argument)})

@@ -25,7 +25,7 @@ def agreed(value: T) -> T:
     """The first process's value, in all of them; they wait for each other here."""
     if not _together():
         return value
-    box: list[Any] = [value]
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

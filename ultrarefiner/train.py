@@ -1,6 +1,6 @@
 """The entrypoint: `python -m ultrarefiner.train phase=e2e roi=on fold=0`.
 
-Composes one experiment from conf/, then hands it to `experiment.run`, which checks, builds and trains it. Whatever
+Composes one experiment from conf/, then hands it to `runs.experiment.run`, which plans, checks and trains it. Whatever
 needs torch is imported there, so that `--help`, `--cfg job` and completion are quick.
 """
 
@@ -10,7 +10,9 @@ from ultrarefiner import cli
 
 GROUPS = {
     "phase": "what is trained",
-    "model": "which two networks",
+    "model": "which two networks: a preset of the next two",
+    "model/coarse": "the coarse network alone",
+    "model/sam": "the Segment Anything model alone",
     "dataset": "on which images",
     "roi": "where SAM looks",
     "prompt_style": "what SAM is told",
@@ -38,6 +40,7 @@ Values
   seed=0              of weights, order, augmentation and simulated masks
   data_root=PATH      where the dataset lies
   output_root=outputs where results go
+  allow_seen=false    true: weights given by path may have seen test cases; every table then says so
   upstream=build      train the earlier phases that are missing; require: refuse and say how to build them
   phase.epochs=N      and every other key of `--cfg job`
 
@@ -54,8 +57,8 @@ def help_text() -> str:
 
 
 def _train(cfg: DictConfig) -> str:
+    from ultrarefiner.runs.experiment import run
     from ultrarefiner.runs.launch import processes
-    from ultrarefiner.runs.training import run
 
     with processes(cfg):
         return str(run(cfg))

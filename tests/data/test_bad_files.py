@@ -15,6 +15,7 @@ from data_layouts import disc, save, texture, write_busbra, write_busi, write_fo
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.inspect import inspect_dataset
 from ultrarefiner.data.readers import BusBra, Busi, BusUclm, Combined, Folder
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 COUNT = 8  # good cases beside the bad one
@@ -23,7 +24,7 @@ COUNT = 8  # good cases beside the bad one
 def load_everything(reader, tmp_path: Path, **options) -> DataModule:
     """What training does with a data set, from the search for files to the last batch."""
     options = {"fold": 0, "folds": 2, "seed": 0, "batch_size": 3, "image_size": 32, "coarse_size": 16, **options}
-    data = DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    data = DataModule(Store(reader, tmp_path / "cache"), **options)
     data.prepare_data()
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         for batch in loader:
@@ -118,7 +119,7 @@ def named(name: str):
 
 def dicom_without_pixels(root: Path) -> None:
     import pydicom
-    from test_data_readers import dicom
+    from test_readers import dicom
 
     data = pydicom.dcmread(dicom(image(root, "bad.dcm"), texture(50)))
     del data.PixelData
@@ -126,7 +127,7 @@ def dicom_without_pixels(root: Path) -> None:
 
 
 def dicom_of_frames(root: Path) -> None:
-    from test_data_readers import dicom
+    from test_readers import dicom
 
     dicom(image(root, "bad.dcm"), np.stack([texture(50)] * 3), frames=3)
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_layouts import SHARED
-from ultrarefiner.data.failures import BINS, FailureSimulator, simulate_failure
+from ultrarefiner.data.failures import BINS, FailureSimulator, fit_bins, simulate_failure
 from ultrarefiner.data.failures.shapes import KINDS, signed_distance
-from ultrarefiner.data.failures.softness import Softness, measure_softness
+from ultrarefiner.data.failures.softness import QUANTILES, Softness, measure_softness
 from ultrarefiner.errors import UserError
 
 
@@ -354,14 +354,61 @@ def test_fit_recovers_what_was_simulated():
     assert found.level_spread == pytest.approx(wanted.level_spread, abs=0.08)
 
 
+def test_fit_recovers_the_background():
+    """Median and faint spots, of each image and over all of them."""
+    rows = [
+        (-14, -13.5, -13, -12, base, -10, -8, -6, tail, tail + 1)
+        for base, tail in ((-11, -5), (-11.5, -3), (-10.5, -2))
+    ]
+    simulator = FailureSimulator(softness={"background": rows, "width": 4.0})
+    masks = [mask for seed in range(160) if 800 < (mask := blob(seed)).sum() < 8000]
+    found = Softness.fit((simulator(mask, seed), mask) for seed, mask in enumerate(masks))
+    assert len(found.background) == 64
+    background = np.array(found.background)
+    middle, faint = background[:, QUANTILES.index(0.5)], background[:, QUANTILES.index(0.99)]
+    assert np.median(middle) == pytest.approx(-11, abs=0.4) and np.ptp(middle) < 2.5
+    for quantile, tail in ((0.15, -5), (0.5, -3), (0.85, -2)):
+        assert np.quantile(faint, quantile) == pytest.approx(tail, abs=0.8)
+    again = FailureSimulator(softness=vars(found))  # as it comes through a configuration
+    np.testing.assert_array_equal(again(masks[0], 3), FailureSimulator(softness=found)(masks[0], 3))
+    assert (again(masks[0], 3) >= 0.5).sum() == (FailureSimulator()(masks[0], 3) >= 0.5).sum()  # the outline stays
+
+
+def test_bins_follow_the_dice_of_real_predictions():
+    rng = np.random.default_rng(0)
+    mask = ellipse()
+    rows, _ = np.nonzero(mask)
+    cuts = rng.beta(6, 1.5, 300)
+    pairs = [(mask * (np.arange(len(mask))[:, None] <= np.quantile(rows, cut)), mask) for cut in cuts]
+    dice = np.array([2 * (p & mask).sum() / (p.sum() + mask.sum()) for p, _ in pairs])
+    simulator = FailureSimulator(bins=fit_bins([(prediction.astype(np.float32), mask) for prediction, mask in pairs]))
+    found = [simulator.simulate(mask, seed).dice for seed in range(1000)]
+    wanted = np.clip(np.quantile(dice, [0.1, 0.25, 0.5, 0.75, 0.9]), 0, 0.99)
+    np.testing.assert_allclose(np.quantile(found, [0.1, 0.25, 0.5, 0.75, 0.9]), wanted, atol=0.025)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_bins_of_predictions_that_are_all_alike(share: float):
+    """All missed, all half, all perfect: the bins stay what the simulator takes."""
+    mask = ellipse()
+    prediction = mask & (np.cumsum(mask).reshape(mask.shape) <= share * mask.sum())
+    prediction = prediction.astype(np.float32)
+    bins = fit_bins([(prediction, mask)] * 12)
+    simulator = FailureSimulator(bins=bins)
+    expected = np.clip(2 * share / (1 + share), 0.02, 0.99)
+    assert simulator.simulate(mask, 3).dice == pytest.approx(expected, abs=0.06)
+    with pytest.raises(UserError, match="9 predictions"):
+        fit_bins([(prediction, mask)] * 9)
+
+
 def test_measured_width_of_an_exact_sigmoid():
     y, x = np.ogrid[:224, :224]
     distance = 50 - np.hypot(x - 110.3, y - 115.6)
     for w in (0.6, 1.0, 2.0):
         prob = 1 / (1 + np.exp(-distance / w))
-        width, _, _, overlap = measure_softness(prob.astype(np.float32), distance > 0)
-        assert width == pytest.approx(2 * math.log(9) * w, rel=0.03)
-        assert overlap == 1
+        found = measure_softness(prob.astype(np.float32), distance > 0)
+        assert found.width == pytest.approx(2 * math.log(9) * w, rel=0.03)
+        assert found.dice == 1
 
 
 def test_measuring_passes_over_predictions_without_an_edge():

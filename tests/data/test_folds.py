@@ -1,20 +1,27 @@
 """Folds: official where they exist, else drawn; nothing crosses a border."""
 
 import hashlib
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.fft import dctn
 
 from data_layouts import SHARED, disc, needs_busbra, needs_busi, save, texture, write_busbra, write_busi, write_folder
+from ultrarefiner.data import duplicates
 from ultrarefiner.data.cases import PARTS, Case
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.duplicates import components, near_duplicates, signature
+from ultrarefiner.data.duplicates import MAX_HAMMING, MIN_CORRELATION, components, near_duplicates, signature
 from ultrarefiner.data.folds import Limits, Split, leaks, limit_split, make_split, save_split
 from ultrarefiner.data.images import load_image
 from ultrarefiner.data.readers import BusBra, Busi, Combined, Folder, Udiat
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 
@@ -24,7 +31,7 @@ def ids(split: Split, part: str) -> set[str]:
 
 def module(reader, tmp_path, **options) -> DataModule:
     options = {"fold": 0, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32, **options}
-    return DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    return DataModule(Store(reader, tmp_path / "cache"), **options)
 
 
 @cache
@@ -154,8 +161,70 @@ def test_near_duplicates_are_found_and_others_are_not():
     assert near_duplicates(np.zeros((0, 64, 64), np.uint8)) == []
 
 
+def exhaustive(signatures: np.ndarray) -> set[tuple[int, int]]:
+    """Every pair compared in full, in float64, by definitions written apart from the program's."""
+    flat = signatures.reshape(len(signatures), -1).astype(np.float64)
+    structured = flat.std(axis=1) > 0
+    with np.errstate(invalid="ignore"):
+        alike = np.corrcoef(flat) >= MIN_CORRELATION
+    low = dctn(signatures.astype(np.float64), axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(flat), -1)[:, 1:]
+    bits = low > np.median(low, axis=1, keepdims=True)
+    differing = (bits[:, None] != bits[None]).sum(axis=2)
+    found = np.argwhere(np.triu(alike & (differing <= MAX_HAMMING) & structured & structured[:, None], 1))
+    return {(int(a), int(b)) for a, b in found}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_near_duplicates_are_those_of_an_exhaustive_search(seed, monkeypatch):
+    """Images at all distances from each other, blocks that end within them, and flat ones."""
+    rng = np.random.default_rng(seed)
+    originals = np.stack([signature(texture(100 * seed + number, 64, 64)) for number in range(25)]).astype(np.float64)
+    noise = rng.normal(size=(150, 64, 64))
+    noise[::2] = [cv2.GaussianBlur(one, (0, 0), 6) * 15 for one in noise[::2]]
+    changed = originals[rng.integers(0, 25, 150)] + noise * rng.uniform(0, 60, (150, 1, 1))
+    thumbnails = np.clip(np.concatenate([originals, changed, np.full((3, 64, 64), 80.0)]), 0, 255).astype(np.uint8)
+    expected = exhaustive(thumbnails)
+    assert len(expected) > 100
+    for block in (2048, 50, 1):
+        monkeypatch.setattr(duplicates, "_BLOCK", block)
+        found = near_duplicates(thumbnails)
+        assert [(pair.first, pair.second) for pair in found] == sorted(expected)
+    for pair in found[:50]:
+        correlation = np.corrcoef(thumbnails[pair.first].ravel(), thumbnails[pair.second].ravel())[0, 1]
+        assert pair.correlation == pytest.approx(correlation, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_near_duplicates_of_bus_bra_are_those_of_an_exhaustive_search(shared_data, monkeypatch):
+    """As they are, and at limits that many pairs of its patients' views reach."""
+    thumbnails = np.stack(
+        [signature(load_image(path)) for path in sorted((shared_data / "BUSBRA" / "Images").iterdir())]
+    )
+    assert len(thumbnails) == 1517
+    copies = np.clip(thumbnails[:200] * 0.8 + 20, 0, 255).astype(np.uint8)
+    assert {(p.first, p.second) for p in near_duplicates(thumbnails)} == exhaustive(thumbnails)
+    both = np.concatenate([thumbnails, copies])
+    assert {(p.first, p.second) for p in near_duplicates(both)} >= {(i, 1517 + i) for i in range(200)}
+    for module_ in (duplicates, sys.modules[__name__]):
+        monkeypatch.setattr(module_, "MIN_CORRELATION", 0.75)
+    looser = {(p.first, p.second) for p in near_duplicates(thumbnails)}
+    assert looser == exhaustive(thumbnails) and len(looser) > 100
+
+
 def test_components():
     assert components(6, [(4, 5), (0, 2), (5, 2)]) == [0, 1, 0, 3, 0, 0]
+    assert components(3, []) == [0, 1, 2] and components(0, []) == []
+
+
+@given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+def test_components_are_named_by_their_first_member(drawn):
+    count, links = drawn
+    reachable = np.eye(count, dtype=bool)
+    for one, other in links:
+        reachable[one, other] = reachable[other, one] = True
+    for _ in range(count):
+        reachable = (reachable.astype(int) @ reachable) > 0
+    assert components(count, links) == reachable.argmax(axis=1).tolist()
 
 
 def test_duplicates_stay_together(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from data_layouts import SHARED, disc, needs_busbra, save, texture, write_busbra, write_busi, write_folder
 from ultrarefiner.data.augment import Augment, Change
-from ultrarefiner.data.cache import Frames, open_cache
+from ultrarefiner.data.cache import Frames, NativeMasks, cache_folder, open_cache
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import EpochSampler, failure_seed
@@ -23,6 +23,7 @@ from ultrarefiner.data.inspect import inspect_dataset
 from ultrarefiner.data.phantom import Phantoms
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.readers import BusBra, Busi, Folder
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 
@@ -33,7 +34,7 @@ def simulator(mask: np.ndarray, seed: int) -> np.ndarray:
 def module(tmp_path, reader=None, **options) -> DataModule:
     reader = reader or BusBra(write_busbra(tmp_path / "data"))
     options = {"fold": 0, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32, **options}
-    return DataModule(reader, cache_dir=tmp_path / "cache", **options)
+    return DataModule(Store(reader, tmp_path / "cache"), **options)
 
 
 def stream(loader, epoch: int) -> list[tuple]:
@@ -54,9 +55,11 @@ def stream(loader, epoch: int) -> list[tuple]:
 def test_cache_holds_what_the_files_hold(tmp_path):
     reader = BusBra(write_busbra(tmp_path / "data"))
     index, frames = open_cache(reader, (32, 61), tmp_path / "cache")  # 61: rows of bits are padded
+    native = NativeMasks(cache_folder(reader, index.fingerprint, tmp_path / "cache"), index)
     for position, case in enumerate(reader.cases()):
         image, mask = reader.read(case)
         entry = index.entries[position]
+        np.testing.assert_array_equal(native.mask(position), mask)
         assert (entry.height, entry.width, entry.lesion_px) == (*image.shape, int(mask.sum()))
         for size, frame in frames.items():
             np.testing.assert_array_equal(frame.image(position), to_square(image, size))
@@ -76,12 +79,52 @@ def test_cache_is_used_again_and_extended(tmp_path, monkeypatch):
     assert len(reads) == 80
 
 
-@pytest.mark.parametrize("name", ["images-32.npy", "masks-32.npy", "frames-32.json", "index.json", "signatures.npy"])
+@pytest.mark.parametrize("sizes", [((17, 16),), ((16, 16), (33, 21), (19, 40)), ((61, 17), (17, 61))])
+def test_native_masks_of_any_sizes(tmp_path, sizes):
+    """Sizes whose number of pixels is no multiple of eight, one after the other."""
+    for number, (height, width) in enumerate(sizes):
+        save(tmp_path / "data" / "images" / f"{number}.png", texture(number, width, height))
+        noise = np.random.default_rng(number).random((height, width)) < 0.5
+        save(tmp_path / "data" / "masks" / f"{number}.png", noise * np.uint8(255))
+    reader = Folder(tmp_path / "data")
+    store = Store(reader, tmp_path / "cache")
+    native = pickle.loads(pickle.dumps(store.native_masks(store.open((32,))[0])))
+    for position, case in enumerate(reader.cases()):
+        np.testing.assert_array_equal(native.mask(position), reader.read(case)[1])
+
+
+def truths(data: DataModule) -> dict[str, np.ndarray]:
+    batches = list(data.test_dataloader())
+    return {id: mask for batch in batches for id, mask in zip(batch["id"], batch["native_mask"], strict=True)}
+
+
+def test_masks_that_change_while_a_run_trains_are_not_measured(tmp_path, monkeypatch):
+    """The truth is what the fingerprint was made of; another command sees other data."""
+    data = module(tmp_path)
+    first = truths(data)
+    for case in data.split.test:
+        save(case.masks[0], 255 - disc(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(data.reader), "read", lambda *_: pytest.fail("a file is read"))
+        again = truths(data)
+    assert first.keys() == again.keys() and all(np.array_equal(first[id], again[id]) for id in first)
+    later = module(tmp_path, data.reader)
+    assert later.store.fingerprint != data.store.fingerprint
+    changed = truths(later)
+    assert not any(np.array_equal(first[id], changed[id]) for id in first)
+
+
+DAMAGED = ["images-32.npy", "masks-32.npy", "frames-32.json", "index.json", "signatures.npy"]
+DAMAGED += ["masks-native.bits", "masks-native.json"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "empty"])
 def test_damaged_cache_is_built_again(tmp_path, name, damage):
     reader = Folder(write_folder(tmp_path / "data"))
     index, frames = open_cache(reader, (32,), tmp_path / "cache")
     expected = frames[32].image(3), frames[32].mask(3)
+    truth = reader.read(reader.cases()[3])[1]
     path = next((tmp_path / "cache").glob(f"*/{name}"))
     content = bytearray(path.read_bytes())
     if damage == "gone":
@@ -94,6 +137,7 @@ def test_damaged_cache_is_built_again(tmp_path, name, damage):
     np.testing.assert_array_equal(again.signatures, index.signatures)
     np.testing.assert_array_equal(frames[32].image(3), expected[0])
     np.testing.assert_array_equal(frames[32].mask(3), expected[1])
+    np.testing.assert_array_equal(NativeMasks(path.parent, again).mask(3), truth)
 
 
 def test_killed_build_leaves_nothing(tmp_path, monkeypatch):
@@ -422,7 +466,7 @@ def test_describe(tmp_path):
     assert not any(case.label == "normal" for case in data.split.train)
     kept = module(tmp_path, data.reader, folds=3, include_normal=True)
     assert sum(kept.describe()[part]["cases"] for part in ("train", "val", "test")) == 18
-    assert json.dumps(facts) and kept.fingerprint() == data.fingerprint()
+    assert json.dumps(facts) and kept.store.fingerprint == data.store.fingerprint
 
 
 def test_limits_shorten_the_loaders(tmp_path):
@@ -474,7 +518,7 @@ def test_memory_does_not_grow_over_epochs(tmp_path):
     import resource
 
     data = DataModule(
-        BusBra(SHARED), fold=0, seed=0, batch_size=24, cache_dir=tmp_path, augment=Augment(), limit={"train": 48}
+        Store(BusBra(SHARED), tmp_path), fold=0, seed=0, batch_size=24, augment=Augment(), limit={"train": 48}
     )
     loader = data.train_dataloader()
     peaks = []

@@ -18,7 +18,7 @@ from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.sam import Sam, load_sam
 from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.runs import build
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 CACHED = ["phase=sam", "roi=off", "dataset.augment=null", "model.train.image_encoder=false"]
 ENTRY = 64 * 16 * 16 * 2 + 128 + 4  # bytes: float16, the header of numpy's files, the CRC

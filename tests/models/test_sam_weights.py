@@ -1,17 +1,17 @@
-"""models/weights.py: checkpoints that are accepted, those that are refused, and fetching them."""
+"""models/weights.py: checkpoints that are accepted, and those that are refused."""
 
-import hashlib
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.sam import load_sam
 from ultrarefiner.models.sam_lite import lite_weights
-from ultrarefiner.models.weights import Release, download_checkpoint, read_state_dict
+from ultrarefiner.models.weights import read_metadata, read_state_dict, write_state_dict
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}])
@@ -67,7 +67,7 @@ def test_files_that_are_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(UserError, match="of tiny, not of medsam"):
         load_sam("medsam", path)
-    with pytest.raises(UserError, match=r"sam_vit_b_01ec64\.pth>, published at https"):
+    with pytest.raises(UserError, match=r"checkpoint=auto.*https.*or checkpoint=<path of sam_vit_b_01ec64\.pth>"):
         load_sam("vit_b")
     with pytest.raises(UserError, match="choose one of vit_b"):
         load_sam("vit_x")
@@ -80,23 +80,41 @@ def test_a_publishers_name_means_the_publishers_file(tmp_path):
         read_state_dict(path)
 
 
-def test_download(tmp_path):
-    source, folder = tmp_path / "published.pth", tmp_path / "weights"
-    source.write_bytes(os.urandom(3_000_000))
-    right = Release(source.as_uri(), 3_000_000, hashlib.sha256(source.read_bytes()).hexdigest())
-    target = download_checkpoint("vit_b", folder, {"vit_b": right})
-    assert target == folder / "published.pth" and target.read_bytes() == source.read_bytes()
-    source.unlink()
-    assert download_checkpoint("vit_b", folder, {"vit_b": right}) == target  # it is there: nothing is fetched
-    target.unlink()
-    with pytest.raises(UserError, match="could not be fetched"):
-        download_checkpoint("vit_b", folder, {"vit_b": right})
-    source.write_bytes(os.urandom(3_000_000))
-    with pytest.raises(UserError, match="SHA-256"):
-        download_checkpoint("vit_b", folder, {"vit_b": right})
-    source.write_bytes(os.urandom(2_000_000))
-    with pytest.raises(UserError, match="truncated"):
-        download_checkpoint("vit_b", folder, {"vit_b": right})
-    assert list(folder.iterdir()) == []  # nothing half-written
-    with pytest.raises(UserError, match="no published file"):
-        download_checkpoint("tiny", folder)
+def test_safetensors(tmp_path):
+    path, sam = tmp_path / "sam.safetensors", load_sam("tiny", seed=7)
+    write_state_dict(sam.state_dict(), path, {"licence": "Apache-2.0", "seen": "busi"})
+    loaded = load_sam("tiny", path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in sam.state_dict().items())
+    assert read_metadata(path) == {"format": "pt", "licence": "Apache-2.0", "seen": "busi"}
+    assert torch.equal(load_file(path)["mask_decoder.iou_token.weight"], sam.mask_decoder.iou_token.weight)
+
+    turned = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(1).expand(4)}  # views of other tensors
+    write_state_dict(turned, path)
+    assert all(torch.equal(value, load_file(path)[name]) for name, value in turned.items())
+    write_state_dict(turned, tmp_path / "plain.pth", {"licence": "Apache-2.0"})
+    assert read_metadata(tmp_path / "plain.pth") == {}
+    assert torch.equal(read_state_dict(tmp_path / "plain.pth")["a"], turned["a"])
+
+
+def test_safetensors_that_are_refused(tmp_path):
+    path = tmp_path / "sam.safetensors"
+    for read in (read_state_dict, read_metadata):
+        with pytest.raises(UserError, match="does not exist"):
+            read(path)
+    write_state_dict(load_sam("tiny").state_dict(), path)
+    whole = path.read_bytes()
+    for harmed in (whole[:100_000], whole[:7], b"", b"hello" * 100):
+        path.write_bytes(harmed)
+        for read in (read_state_dict, read_metadata):
+            with pytest.raises(UserError, match="truncated or damaged"):
+                read(path)
+    write_state_dict({"mask_decoder.iou_token.weight": torch.full((1, 64), float("nan"))}, path)
+    with pytest.raises(UserError, match="NaN"):
+        read_state_dict(path)
+    write_state_dict({"linear.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="none of the known families"):
+        load_sam("tiny", path)
+    blocked = tmp_path / "file" / "sam.safetensors"
+    blocked.parent.write_text("no folder")
+    with pytest.raises(UserError, match="cannot write"):
+        write_state_dict({"linear.weight": torch.zeros(1)}, blocked)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from transunet_reference import google_file, published_shapes, randomise, reference
 
+from transunet_reference import google_file, published_shapes, randomise, reference
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.transunet import TransUNet, TransUNetConfig
 from ultrarefiner.models.transunet_weights import google_state

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from conftest import compose, phase_defaults
+from ultrarefiner.config import E2EPhaseConfig, ProtectionConfig, SamPhaseConfig
+from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade, lesion_logit, scale_gradient
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.coarse import coarse_terms
 from ultrarefiner.phases.e2e import E2EPhase
-from ultrarefiner.phases.protection import Protection, WeightAnchor, hold_batchnorm
+from ultrarefiner.phases.protection import WeightAnchor, hold_batchnorm
 from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.prompts import DirectMaskPrompt, Prompts
 from ultrarefiner.refine.refiner import Refiner
@@ -68,12 +71,13 @@ def small_batch(seed: int = 1) -> dict:
 def e2e(cascade: Cascade, **protection) -> E2EPhase:
     return E2EPhase(
         cascade,
-        protection=Protection(**protection),
+        protection=ProtectionConfig(**protection),
         epochs=2,
         batch_size=2,
         coarse_lr=1e-3,
         sam_lr=1e-3,
         optimizer=torch.optim.AdamW,
+        **phase_defaults(E2EPhaseConfig),
     )
 
 
@@ -124,7 +128,9 @@ def test_the_refiner_sees_the_frame_and_not_the_coarse_networks_image(phase, mon
     )
     cascade, batch = small_cascade(), small_batch()
     batch["prob"] = 0.8 * batch["coarse_mask"] + 0.1
-    sam = functools.partial(SamPhase, epochs=1, batch_size=2, lr=1e-3, optimizer=torch.optim.AdamW)
+    sam = functools.partial(
+        SamPhase, epochs=1, batch_size=2, lr=1e-3, optimizer=torch.optim.AdamW, **phase_defaults(SamPhaseConfig)
+    )
     tested = sam(cascade) if phase == "sam" else e2e(cascade)
     tested.terms(batch)
     tested.masks(batch)
@@ -181,14 +187,16 @@ def test_all_parameter_groups_are_in_the_optimiser_from_the_start():
 
 
 def test_settings_that_protect_nothing_are_refused():
-    with pytest.raises(ValueError, match="grad_scale"):
-        Protection(grad_scale=-1)
+    with pytest.raises(UserError, match=r"protection.grad_scale must be 0 or more, got -1"):
+        compose("protection.grad_scale=-1")
     with pytest.raises(ValueError, match="nothing would move"):
-        Protection(freeze_epochs=1, sam_freeze_epochs=1)
+        e2e(small_cascade(), freeze_epochs=1, sam_freeze_epochs=1)
 
 
-class FakeTrainer:
-    callbacks = ()
+class FakeTrainer(pl.Trainer):
+    """A trainer that only holds what is put into it."""
+
+    callbacks, callback_metrics, optimizers, current_epoch = (), {}, (), 0  # in place of properties
 
     def __init__(self, dice: float, optimizers: tuple = ()) -> None:
         self.callback_metrics = {"val/coarse/dice": torch.tensor(dice)}
@@ -310,12 +318,13 @@ def test_a_frozen_network_is_bit_identical_and_moves_afterwards(frozen):
     freeze = {"coarse": "freeze_epochs", "sam": "sam_freeze_epochs"}[frozen]
     phase = E2EPhase(
         cascade,
-        protection=Protection(**{freeze: 2}),
+        protection=ProtectionConfig(**{freeze: 2}),
         epochs=4,
         batch_size=2,
         coarse_lr=1e-2,
         sam_lr=1e-2,
         optimizer=functools.partial(torch.optim.AdamW, weight_decay=0.1),
+        **phase_defaults(E2EPhaseConfig),
     )
     diary = fitted(phase)
     moving = "sam" if frozen == "coarse" else "coarse"
@@ -336,7 +345,14 @@ def test_an_epoch_in_which_nothing_could_move_is_refused():
     assert e2e(cascade).groups()[1]["params"] == []  # SAM held for good: the coarse network learns alone
     fitted(e2e(cascade))
     with pytest.raises(ValueError, match="nothing to train"):
-        SamPhase(cascade, epochs=1, batch_size=1, lr=1e-3, optimizer=torch.optim.AdamW)
+        SamPhase(
+            cascade,
+            epochs=1,
+            batch_size=1,
+            lr=1e-3,
+            optimizer=torch.optim.AdamW,
+            **phase_defaults(SamPhaseConfig),
+        )
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -416,7 +416,7 @@ def test_the_aspect_comes_from_the_files_and_reaches_sam(tmp_path):
     from ultrarefiner.phases.e2e import E2EPhase
     from ultrarefiner.phases.sam import SamPhase
     from ultrarefiner.runs import build
-    from ultrarefiner.runs.start import earlier_phase
+    from ultrarefiner.runs.plan import earlier_phase
 
     for i in range(20):
         shape = (96, 64) if i % 2 else (64, 80)

@@ -6,9 +6,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import binary_dilation, binary_erosion
 
-from ultrarefiner.results import pictures
-from ultrarefiner.results.pictures import Overlay, curves, overlay_sheet, pick_worst_median_best
+from ultrarefiner.results import drawing, pictures
+from ultrarefiner.results.pictures import (
+    Overlay,
+    curves,
+    overlay,
+    overlay_sheet,
+    pick_most_harmed,
+    pick_worst_median_best,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,17 +61,17 @@ def test_curves_show_coarse_refined_and_baseline(tmp_path):
     metrics, out = write(tmp_path / "metrics.csv", FULL), tmp_path / "curves.png"
     curves(metrics, out)
     without = read(out)
-    assert amount(without, pictures.ORANGE) > 50 and amount(without, pictures.BLUE) > 50
-    assert amount(without, pictures.VERMILION) == 0
+    assert amount(without, drawing.ORANGE) > 50 and amount(without, drawing.BLUE) > 50
+    assert amount(without, drawing.VERMILION) == 0
     curves(metrics, out, baseline=0.8)
-    assert amount(read(out), pictures.VERMILION) > 50
+    assert amount(read(out), drawing.VERMILION) > 50
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]
 
 
 def test_blanks_and_nan_are_skipped_and_not_drawn_as_zero(tmp_path):
     columns = pictures._read_columns(write(tmp_path / "metrics.csv", FULL))
-    assert columns["val/refined/dice"] == ([0, 2], [0.83, 0.88])
-    assert columns["train/loss"] == ([0, 1, 2], [1.5, 1.2, 1.1])
+    assert columns["val/refined/dice"] == ([1, 3], [0.83, 0.88])
+    assert columns["train/loss"] == ([1, 2, 3], [1.5, 1.2, 1.1])
     assert "epoch" not in columns and "step" not in columns
 
 
@@ -108,6 +118,37 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv"]
 
 
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures as they are when they are written."""
+    written: list = []
+    save = drawing.save
+    monkeypatch.setattr(pictures, "save", lambda drawn, out: written.append(drawn) or save(drawn, out))
+    return written
+
+
+def test_epochs_are_counted_from_1_as_on_the_terminal(tmp_path, figures):
+    text = "epoch,train/loss,val/loss,val/coarse/dice\n" + "".join(f"{e},1,2,0.{e + 1}\n" for e in range(6))
+    curves(write(tmp_path / "m.csv", text), tmp_path / "c.png", best_epoch=3, freeze_epochs=2)
+    loss, dice = figures[0].axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in loss.lines}
+    assert lines == {"train/loss": [1, 2, 3, 4, 5, 6], "val/loss": [1, 2, 3, 4, 5, 6], "best epoch 4": [4, 4]}
+    best = dict(zip(*dice.lines[0].get_data(), strict=True))[4]
+    assert best == 0.4  # the Dice of the epoch that metrics.csv calls 3
+    for axes in (loss, dice):
+        assert axes.patches[0].get_label() == "frozen until epoch 2"
+        assert (axes.patches[0].get_x(), axes.patches[0].get_width()) == (0.5, 2)  # between epochs 2 and 3
+        assert axes.get_xlim() == (0.5, 6.5)
+
+
+@pytest.mark.parametrize("more", [{}, {"best_epoch": -1}, {"best_epoch": 1}, {"freeze_epochs": 5}])
+def test_no_mark_where_there_is_no_such_epoch(tmp_path, figures, more):
+    curves(write(tmp_path / "m.csv", "epoch,train/loss\n0,1\n"), tmp_path / "c.png", **more)
+    (axes,) = figures[0].axes
+    assert len(axes.lines) == 1 and not axes.patches
+    assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
+
+
 # -- the sheet of overlays
 
 
@@ -122,10 +163,10 @@ def test_each_mask_is_drawn_in_its_colour(tmp_path):
     out = tmp_path / "overlays.png"
     overlay_sheet([case()], out)
     picture = read(out)[40:]  # below the coloured headings
-    drawn = {name: amount(picture, pictures.COLOURS[name]) for name in ("truth", "coarse", "refined")}
+    drawn = {name: amount(picture, drawing.COLOURS[name]) for name in ("truth", "coarse", "refined")}
     assert min(drawn.values()) > 100
     overlay_sheet([case(coarse=None)], out)
-    assert amount(read(out)[40:], pictures.ORANGE) == 0
+    assert amount(read(out)[40:], drawing.ORANGE) == 0
 
 
 def test_plain_tuples_and_float_images_look_the_same(tmp_path):
@@ -149,7 +190,7 @@ def test_contour_of_a_mask_is_where_the_mask_is(tmp_path):
     overlay_sheet([case(100, 100, truth=mask, coarse=None, refined=None)], tmp_path / "o.png")
     picture = read(tmp_path / "o.png")
     top, left, height, width = first_panel(picture)
-    left += round(width + pictures._GAP * pictures._DPI)  # the panel of the truth
+    left += round(width + pictures._GAP * drawing.DPI)  # the panel of the truth
     green = np.argwhere(np.abs(picture - (0, 158, 115)).max(-1) < 25)
     green = green[green[:, 0] > top] - (top, left)  # not the heading
     found = [*(green.min(0) / (height, width)), *((green.max(0) + 1) / (height, width))]
@@ -190,8 +231,8 @@ def test_empty_full_and_border_masks(tmp_path):
     empty, full = np.zeros((60, 80), bool), np.ones((60, 80), bool)
     overlay_sheet([case(truth=empty, coarse=full, refined=empty)], tmp_path / "o.png")
     picture = read(tmp_path / "o.png")[40:]
-    assert amount(picture, pictures.ORANGE) > 100
-    assert amount(picture, pictures.GREEN) == 0
+    assert amount(picture, drawing.ORANGE) > 100
+    assert amount(picture, drawing.GREEN) == 0
     overlay_sheet([], tmp_path / "none.png")
     assert read(tmp_path / "none.png").size > 0
 
@@ -201,7 +242,74 @@ def test_rows_of_different_shapes(tmp_path):
     assert read(tmp_path / "o.png").shape[0] > 500
 
 
+def test_rows_can_be_labelled(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    written: list[str] = []
+    text = Figure.text
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **more: (written.append(s), text(self, x, y, s, **more)))
+    overlay_sheet([case(), case()], tmp_path / "o.png", labels=["most harmed", "best"])
+    assert {"most harmed", "best"} <= set(written) and "worst" not in written
+    written.clear()
+    overlay_sheet([case(), case()], tmp_path / "o.png")
+    assert {"worst", "best"} <= set(written)
+    with pytest.raises(ValueError):
+        overlay_sheet([case(), case()], tmp_path / "o.png", labels=["one label for two rows"])
+
+
+# -- a single image
+
+
+BOXES = st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(1, 30), st.integers(1, 40))
+
+
+@given(BOXES)
+@settings(deadline=None)
+def test_an_outline_runs_over_the_outermost_pixels(box):
+    y, x, height, width = box
+    mask = np.zeros((60, 80), bool)
+    mask[y : y + height, x : x + width] = True
+    strength = overlay(np.zeros(mask.shape, np.uint8), None, mask)[:, :, 2] / int(drawing.BLUE[5:], 16)
+    edge = mask & ~binary_erosion(mask, np.ones((3, 3)))
+    assert strength[edge].min() > 0.75
+    assert not strength[~binary_dilation(edge, np.ones((3, 3)), iterations=2)].any()
+
+
+def test_slanted_outlines_are_smooth_and_stay_at_the_edge():
+    y, x = np.mgrid[:200, :300]
+    mask = (x - 150) ** 2 / 80**2 + (y - 100) ** 2 / 50**2 < 1
+    drawn = overlay(np.zeros(mask.shape, np.uint8), mask, None)
+    strength = drawn.max(-1) / 230
+    assert ((strength > 0.1) & (strength < 0.9)).sum() > 100
+    near = binary_dilation(mask, iterations=2) & ~binary_erosion(mask, iterations=3)
+    assert not drawn[~near].any()
+
+
+def test_an_overlay_keeps_size_and_image_and_takes_any_kind_of_it():
+    image = np.random.default_rng(0).integers(0, 200, (60, 80), np.uint8)
+    mask = case().truth
+    drawn = overlay(image, mask, np.roll(mask, 5, 1), np.roll(mask, 9, 0))
+    assert drawn.dtype == np.uint8 and drawn.shape == (60, 80, 3)
+    dark = overlay(image // 9, mask, np.roll(mask, 5, 1), np.roll(mask, 9, 0)).astype(int)
+    assert all(amount(dark, drawing.COLOURS[name]) > 10 for name in ("truth", "coarse", "refined"))
+    untouched = (drawn == image[:, :, None]).all(-1)
+    assert untouched[:10].all() and untouched.mean() > 0.8
+    before = image.copy()
+    rgb = np.dstack([image] * 3)
+    for same in (rgb, image / 255, np.asfortranarray(rgb)):
+        assert (overlay(same, mask, np.roll(mask, 5, 1), np.roll(mask, 9, 0)) == drawn).all()
+    assert (image == before).all() and (rgb == before[:, :, None]).all()
+    nothing = np.zeros_like(mask)
+    assert (overlay(image, nothing, None, nothing) == rgb).all()
+
+
 # -- which cases
+
+
+def test_the_most_harmed_come_first_and_nobody_else():
+    before, after = [0.9, 0.8, 0.7, 0.6, 0.5], [0.85, 0.9, 0.2, 0.6, float("nan")]
+    assert pick_most_harmed(before, after, 3) == [2, 0]
+    assert pick_most_harmed(before, after, 1) == [2] and pick_most_harmed([], [], 2) == []
 
 
 def test_worst_median_and_best():
@@ -230,4 +338,4 @@ def test_values_without_rank_are_left_out():
 
 @pytest.mark.parametrize(("count", "expected"), [(1, "m"), (2, "wb"), (3, "wmb"), (4, "wmmb"), (6, "wwmmbb")])
 def test_labels_say_which_is_which(count, expected):
-    assert "".join(label[0] for label in pictures._labels(count)) == expected
+    assert "".join(label[0] for label in pictures.rank_labels(count)) == expected

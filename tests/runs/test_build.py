@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from conftest import compose
 from ultrarefiner import cli, config
 from ultrarefiner.runs import build
-from ultrarefiner.runs.start import earlier_phase
+from ultrarefiner.runs.plan import earlier_phase
 
 
 def test_every_phase_keeps_to_the_fold(tmp_path):
@@ -50,7 +50,7 @@ def test_every_setting_arrives_in_its_object(group):
     """Known mistake 11: no key is parsed and then left aside."""
     base = ["gate=uncertainty", "protection=roi_off", "phase.coarse_lr=0.001", "phase.sam_lr=0.002"]
     node = OmegaConf.to_container(compose(*base)[group], resolve=True)
-    left = {"name", "_target_", "freeze_epochs", "negative_point", "use_mask", *build.SOURCES}
+    left = {"name", "_target_", "freeze_epochs", "negative_point", "use_mask", *config.not_arguments()}
     settings = {k: changed(v) for k, v in node.items() if k not in left and isinstance(v, (bool, int, float))}
     cfg = compose(
         *base, *(f"{group}.{key}={value}" for key, value in settings.items()), "prompt_style.negative_point=false"

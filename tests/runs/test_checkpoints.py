@@ -36,7 +36,7 @@ def test_files_are_unpickled_in_one_place():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 found.append(f"{path.name}: {ast.unparse(node)}")
-    assert len(found) == 1 and found[0].startswith("safe.py: torch.load(") and "weights_only=True" in found[0]
+    assert len(found) == 1 and found[0].startswith("files.py: torch.load(") and "weights_only=True" in found[0]
 
 
 def test_a_missing_file_is_named(tmp_path):

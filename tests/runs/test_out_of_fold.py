@@ -1,42 +1,46 @@
 """Real predictions in Phase 2: leak-free, reused, and part of a result's identity only where they are used."""
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from scipy.ndimage import distance_transform_edt
 
 from conftest import compose
 from data_layouts import write_busbra
 from ultrarefiner import files
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.failures import FailureSimulator, fit_bins
 from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.folds import Split, hold_out, save_split
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.readers import BusBra
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs import out_of_fold
-from ultrarefiner.runs import training as experiment
+from ultrarefiner.refine.prompts import soft_box
+from ultrarefiner.refine.roi import LesionRoi
+from ultrarefiner.runs import out_of_fold, start, training
 from ultrarefiner.runs.build import build_data
-from ultrarefiner.runs.start import defined_by, settled
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
+from ultrarefiner.runs.interruption import Deadline
+from ultrarefiner.runs.plan import plan
 
-FIT = ["phase=sam", "phase.softness=fit", "phase.real_ratio=0.5", "phase.parts=2"]
+FIT = ["phase=sam", "phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.5", "phase.parts=2"]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_the_parts_are_the_training_cases_and_share_no_patient(parts, tmp_path):
     reader = BusBra(write_busbra(tmp_path / "data", 40))
     options = {"fold": 1, "seed": 0, "batch_size": 4, "image_size": 64, "coarse_size": 32}
-    whole = DataModule(reader, cache_dir=tmp_path / "cache", **options).split
+    whole = DataModule(Store(reader, tmp_path / "cache"), **options).split
     held: list[Case] = []
     for part in range(parts):
-        split = DataModule(reader, cache_dir=tmp_path / "cache", without=[part, parts], **options).split
+        split = DataModule(Store(reader, tmp_path / "cache"), without=[part, parts], **options).split
         assert (split.val, split.test) == (whole.val, whole.test)
         assert set(split.train) | set(split.held) == set(whole.train) and not set(split.train) & set(split.held)
         others = {case.patient for case in (*split.train, *split.val, *split.test)}
@@ -62,9 +66,10 @@ def test_more_parts_than_patients():
 
 
 MISTAKES = {
-    "phase.softness=soft": "null, fit",
-    "phase.real_ratio=1.5": "0 to 1",
-    "phase.real_ratio=-0.1": "0 to 1",
+    "phase.softness=soft": "one of null, fit",
+    "phase.bins=good": "one of null, fit",
+    "phase.real_ratio=1.5": "between 0 and 1",
+    "phase.real_ratio=-0.1": "between 0 and 1",
     "phase.parts=1": "2 or more",
 }
 
@@ -77,17 +82,20 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(override, phase, t
         run(compose(f"phase={phase}", override_here, f"output_root={tmp_path}"))
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="contradict"):
-        settled(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3"))
+        plan(compose("phase=sam", "phase.softness=fit", "+phase.failures.softness.width=3", f"output_root={tmp_path}"))
+    with pytest.raises(UserError, match="contradict"):
+        plan(compose("phase=sam", "phase.bins=fit", "+phase.failures.bins=[[0.5,0.9,1]]", f"output_root={tmp_path}"))
 
 
 def test_how_the_coarse_network_is_trained_counts_only_where_it_is_used():
-    plain = [settled(compose("phase=sam", f"phase.coarse.epochs={epochs}")) for epochs in (1, 2)]
-    assert plain[0] == plain[1] and plain[0].phase.coarse is None and "model.coarse" not in defined_by(plain[0])
-    for wanted in ("phase.softness=fit", "phase.real_ratio=0.1"):
-        cfg = settled(compose("phase=sam", wanted, "phase.coarse.epochs=7"))
-        assert cfg.phase.coarse.epochs == 7 and "model.coarse" in defined_by(cfg)
-    e2e = settled(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))
-    assert e2e.phase.sam.coarse.epochs == 7  # one Phase 1 for both
+    plain = [plan(compose("phase=sam", f"phase.coarse.epochs={epochs}"))[-1] for epochs in (1, 2)]
+    assert plain[0].cfg == plain[1].cfg and plain[0].directory == plain[1].directory
+    assert plain[0].cfg.phase.coarse is None and "model.coarse" not in plain[0].settings
+    for wanted in ("phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.1"):
+        run = plan(compose("phase=sam", wanted, "phase.coarse.epochs=7"))[-1]
+        assert run.cfg.phase.coarse.epochs == 7 and "model.coarse" in run.settings
+    e2e = plan(compose("phase.sam.softness=fit", "phase.coarse.epochs=7"))[-1]
+    assert e2e.cfg.phase.sam.coarse.epochs == 7  # one Phase 1 for both
 
 
 def test_predictions_keep_their_logits(tmp_path):
@@ -108,13 +116,13 @@ def fitted(tmp_path_factory):
     seen = {}
     original = out_of_fold.add_predictions
 
-    def spy(cfg, data, directory, run):
-        original(cfg, data, directory, run)
-        if cfg.phase.name == "sam":
-            seen.update(cfg=cfg, data=data, directory=directory)
+    def spy(run):
+        original(run)
+        if run.cfg.phase.name == "sam":
+            seen.update(cfg=run.cfg, data=run.data, directory=run.directory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "add_predictions", spy)
+        patch.setattr(training, "add_predictions", spy)
         sizes = [
             "dataset.reader.cases=60",
             "phase.coarse.epochs=12",
@@ -136,7 +144,58 @@ def test_phase_two_learns_from_out_of_fold_predictions(fitted):
     assert len(files) == len(data.split.train) and data.predictions.ratio == 0.5
     softness = data.simulator.softness
     assert isinstance(softness, Softness) and softness != Softness()
-    assert all(math.isfinite(value) for value in vars(softness).values())
+    assert all(np.isfinite(value).all() for value in vars(softness).values())
+    assert len(softness.background) > 5 and data.simulator.bins != FailureSimulator().bins
+
+
+def looks(pairs) -> dict[str, np.ndarray]:
+    """What Phase 2 gets to see of coarse masks, for each of (probability, mask); areas in those of the lesion's box."""
+    found: dict[str, list[float]] = {
+        "roi": [],
+        "box": [],
+        "mass outside": [],
+        "dice": [],
+        "background": [],
+        "spots": [],
+    }
+    for prob, mask in pairs:
+        rows, columns = np.nonzero(mask)
+        tight = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) / mask.size
+        tensor = torch.from_numpy(np.ascontiguousarray(prob))[None, None]
+        for name, box in (("roi", LesionRoi().boxes(tensor)[0]), ("box", soft_box(tensor)[0])):
+            found[name].append(float((box[2] - box[0]) * (box[3] - box[1])) / tight)
+        found["mass outside"].append(prob[~mask].sum() / mask.sum())
+        predicted = prob >= 0.5
+        found["dice"].append(2 * (predicted & mask).sum() / (predicted.sum() + mask.sum()))
+        far = distance_transform_edt(~(mask | predicted)) > len(mask) / 10
+        logit = np.log(prob / (1 - prob))[far]
+        found["background"].append(np.median(logit))
+        found["spots"].append(np.quantile(logit, 0.99))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.slow
+def test_phase_two_sees_what_phase_three_sees(tmp_path):
+    """Fitted, the simulator's masks are distributed as a trained network's predictions of cases it has not seen."""
+    sizes = ["dataset.reader.cases=240", "dataset.reader.size=128", "model.image_size=64", "trainer.progress_bar=false"]
+    wanted = ["phase.softness=fit", "phase.bins=fit", "phase.parts=2", "phase.coarse.epochs=30"]
+    target = plan(compose("phase=sam", *wanted, *sizes, f"output_root={tmp_path}", micro=False))[-1]
+    predictor = target.predictors[0]
+    training.train(predictor, start.prepare(predictor), Deadline(None))
+    stored = Predictions(tmp_path / "predictions")
+    out_of_fold._predict(predictor, list(range(len(predictor.data.split.held))), stored)
+    pairs = list(out_of_fold._pairs(predictor.data.dataset("held"), stored))
+    simulator = FailureSimulator(softness=Softness.fit(pairs), bins=fit_bins(pairs))
+    masks = [pairs[seed % len(pairs)][1] for seed in range(400)]
+    real, seen = looks(pairs), looks((simulator(mask, seed), mask) for seed, mask in enumerate(masks))
+    quartiles = {name: [np.quantile(both[name], [0.25, 0.5, 0.75]) for both in (real, seen)] for name in real}
+    # With the softness fitted before the background was, and the seed's bins: mass 1.95, Dice 0.11, spots 1.6 apart.
+    for name in ("roi", "box", "mass outside"):
+        one, other = quartiles[name]
+        assert np.abs(np.log(other / one)).max() < np.log(1.45), (name, one, other)
+    for name, tolerance in (("dice", 0.03), ("background", 0.4), ("spots", 0.8)):
+        one, other = quartiles[name]
+        assert np.abs(other - one).max() < tolerance, (name, one, other)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from conftest import compose
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
 from ultrarefiner.runs import checkpoints
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 
 def directories(root) -> dict:

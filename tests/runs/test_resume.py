@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,19 @@ SETTINGS = [
 ]
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["ultrarefiner.runs.training", "ultrarefiner.data.phantom", "conftest"])
+server.set_forkserver_preload(["conftest", "ultrarefiner.runs.experiment", "ultrarefiner.data.phantom"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """It ends with the tests that need it."""
+    yield
+    forkserver._forkserver._stop()
 
 
 def train(arguments: list[str]) -> None:
     """The whole of a command, in a process that may be killed."""
-    from ultrarefiner.runs.training import run
+    from ultrarefiner.runs.experiment import run
 
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -77,7 +85,10 @@ def start(*arguments: str, target=train, first=()):
 def finish(*arguments: str, status: int = 0, **how) -> None:
     process = start(*arguments, **how)
     process.join(120)
-    assert process.exitcode == status
+    ended = process.exitcode
+    process.kill()  # or it would go on after the test
+    process.join()
+    assert ended == status
 
 
 def result(root: Path, phase: str) -> Path:
@@ -188,12 +199,15 @@ def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number)
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     last = "phantom/tiny/coarse*/*/checkpoints/last.ckpt"
     until = time.monotonic() + 120
-    while not list(tmp_path.glob(last)):
-        assert time.monotonic() < until and running.poll() is None
-        time.sleep(0.1)
-    running.send_signal(number)
-    asked = time.monotonic()
-    _, err = running.communicate(timeout=60)
+    try:
+        while not list(tmp_path.glob(last)):
+            assert time.monotonic() < until and running.poll() is None
+            time.sleep(0.1)
+        running.send_signal(number)
+        asked = time.monotonic()
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert time.monotonic() - asked < 20
     assert running.returncode == 128 + number
     assert "the same command continues" in err and "Traceback" not in err

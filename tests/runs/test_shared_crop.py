@@ -10,11 +10,12 @@ from torch import Tensor
 from conftest import compose
 from ultrarefiner.data.dataset import failure_seed
 from ultrarefiner.errors import UserError
-from ultrarefiner.phases.sam import SamPhase, soft_logit
+from ultrarefiner.models.cascade import soft_logit
+from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.refiner import select
 from ultrarefiner.refine.roi import covering, crop, paste
 from ultrarefiner.runs import build
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 
 def phase_of(*overrides: str) -> SamPhase:
@@ -136,5 +137,5 @@ def test_it_trains_and_is_part_of_what_defines_the_run(tmp_path):
     cfg = [f"output_root={tmp_path}", "phase=sam"]
     plain, shared = (run(compose(*cfg, f"phase.masks_per_image={k}")) for k in (1, 2))
     assert plain != shared and json.loads((shared / "summary.json").read_text())["test"]["refined"]
-    with pytest.raises(UserError, match="masks_per_image=0"):
+    with pytest.raises(UserError, match=r"phase\.masks_per_image must be 1 or more, got 0"):
         run(compose(*cfg, "phase.masks_per_image=0"))

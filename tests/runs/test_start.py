@@ -8,16 +8,18 @@ import resource
 import pytest
 import torch
 from segment_anything import sam_model_registry
-from transunet_reference import published_shapes
 
 from conftest import MICRO, compose
+from transunet_reference import published_shapes
 from ultrarefiner import files
+from ultrarefiner.errors import UserError
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import load_sam
 from ultrarefiner.models.sam_lite import lite_weights
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.runs import checkpoints
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
+from ultrarefiner.runs.plan import plan
 
 
 class Killed(Exception):
@@ -201,7 +203,7 @@ SENSELESS = {
     "more blocks than there are": (["model.lora.rank=2", "model.lora.blocks=9"], "lora blocks=9"),
     "a block that is not there": (["model.lora.rank=2", "model.lora.blocks=[1,4]"], "4 is none of the 4 blocks"),
     "blocks as text": (["model.lora.rank=2", "model.lora.blocks=last"], "lora blocks=last"),
-    "negative rank": (["model.lora.rank=-1"], "lora rank=-1"),
+    "negative rank": (["model.lora.rank=-1"], "model.lora.rank must be 0 or more, got -1"),
     "unknown layer": (["model.lora.rank=2", "model.lora.targets=[mlp]"], "some of qkv, proj"),
     "unknown part": (["model.train.decoder=true"], "model.train.decoder"),
     "nothing to train": (
@@ -225,3 +227,86 @@ def _one_sentence(done, *words):
     assert done.status == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.err
     for word in words:
         assert word in lines[0]
+
+
+# ------------------------------------------------------------------------------------------- what weights have seen
+
+SEEN = ["dataset.reader.cases=30", "model.schedule.coarse.epochs=1", "model.schedule.sam.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def other_fold(tmp_path_factory):
+    """The checkpoints of Phase 1 of fold 0 of three folds, where another partition is what is asked for."""
+    root = tmp_path_factory.mktemp("other")
+    return run(compose(*SEEN, "phase=coarse", f"output_root={root}", "dataset.folds=3")) / "checkpoints"
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "best_coarse.pth"])
+@pytest.mark.parametrize("key", ["phase.coarse_checkpoint", "model.coarse_weights"])
+def test_weights_that_have_seen_test_cases_are_refused(other_fold, tmp_path, name, key):
+    """Known mistake 12: the fold has the same number, the partition is another."""
+    if (name, key) == ("best.ckpt", "model.coarse_weights"):
+        pytest.skip("a checkpoint of a run is no plain file of weights")
+    given = [*SEEN, f"output_root={tmp_path}", "dataset.split_seed=1", f"{key}={other_fold / name}"]
+    if key == "model.coarse_weights":
+        given.append("phase=coarse")
+    with pytest.raises(
+        UserError, match=rf"{name} has seen \d+ of the \d+ test cases of fold=0, the first is \S+; give"
+    ):
+        run(compose(*given))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_asked_to_measure_all_the_same_every_table_says_so(other_fold, tmp_path, command):
+    given = [*MICRO, *SEEN, f"output_root={tmp_path}", "dataset.split_seed=1", "phase=coarse", "allow_seen=true"]
+    given.append(f"model.coarse_weights={other_fold / 'best_coarse.pth'}")
+    done = command("-m", *given, "fold=0")
+    assert done.status == 0 and "allow_seen=true" in done.out and "Not a fair test" in done.out
+    summary = json.loads(next(tmp_path.rglob("summary.json")).read_text())
+    assert 0 < summary["seen"]["test_cases"] <= summary["data"]["test"]["cases"] and summary["seen"]["first"]
+
+
+def test_what_weights_have_seen_is_handed_down(other_fold, tmp_path):
+    """A network that starts from others knows what they know."""
+    key = f"model.coarse_weights={other_fold / 'best_coarse.pth'}"
+    given = [*SEEN, f"output_root={tmp_path}", "dataset.split_seed=1", "phase=coarse", "allow_seen=true", key]
+    folder = run(compose(*given)) / "checkpoints"
+    before, after = (files.load(path / "best.ckpt")["seen"] for path in (other_fold, folder))
+    for part in ("trained", "chosen"):
+        assert set(before[part]) < set(after[part])
+
+
+def test_the_same_split_is_no_leak(finished_runs, tmp_path):
+    coarse = next(finished_runs.glob("phantom/tiny/coarse/*/checkpoints/best.ckpt"))
+    done = run(compose(f"output_root={tmp_path}", f"phase.coarse_checkpoint={coarse}", "model.schedule.e2e.epochs=1"))
+    assert json.loads((done / "summary.json").read_text())["seen"] is None
+
+
+def test_new_weights_at_the_same_path_are_another_result(tmp_path):
+    """Known mistake 13."""
+    path = tmp_path / "own.pth"
+    directories = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(TransUNet.from_name("tiny", 64).state_dict(), path)
+        directories.append(plan(compose(f"output_root={tmp_path}", "phase=coarse", f"model.coarse_weights={path}"))[-1])
+    first, second = (one.directory for one in directories)
+    assert first != second
+    moved = path.rename(tmp_path / "elsewhere.pth")
+    again = plan(compose(f"output_root={tmp_path}", "phase=coarse", f"model.coarse_weights={moved}"))[-1]
+    assert again.directory == second
+
+
+def test_the_gate_goes_along_with_sam(tmp_path):
+    """Known mistake 14: what Phase 2 trained beside SAM is there in Phase 3, or the file is refused."""
+    settings = [*SEEN, f"output_root={tmp_path}", "gate=learned", "phase.sam_lr=0", "phase.coarse_lr=0"]
+    phase2 = run(compose(*SEEN, f"output_root={tmp_path}", "gate=learned", "phase=sam")) / "checkpoints"
+    given = f"phase.sam_checkpoint={phase2 / 'best_sam.pth'}"
+    phase3 = run(compose(*settings, given, "model.schedule.e2e.epochs=1")) / "checkpoints"
+    before, after = (files.load(folder / "best.ckpt")["state_dict"] for folder in (phase2, phase3))
+    gates = [name for name in before if ".gate." in name]
+    assert gates and all(torch.equal(before[name], after[name]) for name in gates)
+    assert any(before[name].abs().sum() > 0 for name in gates)
+    (phase2 / "best_sam.gate.pth").unlink()
+    with pytest.raises(UserError, match=r"best_sam\.pth was trained with a gate.*best_sam\.gate\.pth"):
+        run(compose(*settings, given, "model.schedule.e2e.epochs=2"))

@@ -66,7 +66,7 @@ def test_the_same_command_runs_only_what_is_missing_and_sums_up_all(command, roo
 
 
 def test_a_bug_in_one_job_leaves_the_others(command, root, monkeypatch):
-    from ultrarefiner.runs import training as experiment
+    from ultrarefiner.runs import experiment
 
     def broken(cfg, *rest):
         if cfg.fold == 1:
@@ -95,7 +95,7 @@ def test_settings_are_what_differs_beside_fold_and_seed(command, root):
     assert {(row["setting"], row["mask"]) for row in rows} == {
         (f"protection={protection}", mask)
         for protection in ("none", "roi_on")
-        for mask in ("baseline", "coarse", "refined")
+        for mask in ("baseline_coarse", "baseline_refined", "coarse", "refined")
     }
     refined = next(row for row in rows if (row["mask"], row["metric"]) == ("refined", "dice"))
     assert refined["sd"] == "" and float(refined["case_low"]) <= float(refined["mean"]) <= float(refined["case_high"])

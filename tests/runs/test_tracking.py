@@ -8,7 +8,7 @@ import pytest
 
 from conftest import MICRO, compose
 from ultrarefiner.runs import tracking
-from ultrarefiner.runs.training import run
+from ultrarefiner.runs.experiment import run
 
 
 def test_tensorboard_gets_metrics_and_pictures(tmp_path):

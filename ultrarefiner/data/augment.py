@@ -172,4 +172,4 @@ def _tile() -> Float32[np.ndarray, "768 768"]:
     """Made once a process, from a fixed seed: drawing 262 144 normal numbers for each sample would take 2 ms."""
     noise = np.random.default_rng(0).standard_normal((_TILE, _TILE), dtype=np.float32)
     grains = np.asarray(cv2.GaussianBlur(noise, (0, 0), 1.2), dtype=np.float32)
-    return grains / grains.std()
+    return np.asarray(grains / grains.std())

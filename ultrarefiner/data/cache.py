@@ -1,7 +1,11 @@
-"""Decoded frames on disk as memory-mapped arrays, so that an epoch decodes nothing.
+"""Decoded frames and masks on disk as memory-mapped arrays, so that an epoch decodes nothing.
 
 ``<cache_dir>/<data set>-<fingerprint>/`` holds the index of the data set and, for each size S, ``images-S.npy``
 (N, S, S) uint8, ``masks-S.npy`` (N, S·⌈S/8⌉) uint8 with one bit a pixel, and ``frames-S.json`` with their checksums.
+``masks-native.bits`` are the masks at their own sizes, ⌈H·W/8⌉ bytes each, one after the other in the index's order,
+and ``masks-native.json`` their checksum: what results are measured with is what the fingerprint was made of, even where
+a file changes while a run trains.
+
 Each is written under another name and then renamed, the file that vouches for the others last: a killed build leaves
 nothing that looks whole. The folder's name follows from the data, so data that changed are built anew.
 """
@@ -13,9 +17,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -29,6 +34,8 @@ from ultrarefiner.data.readers import Reader
 from ultrarefiner.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+NATIVE = "masks-native"
 
 
 class Frames:
@@ -59,8 +66,35 @@ class Frames:
             self._arrays = np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r")
         return self._arrays
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # a memory map would be pickled as the whole array
+
+
+class NativeMasks:
+    """The masks of all cases, each at the size of its image. Opened where it is used, as `Frames`.
+
+    Args:
+        folder: the cache's folder of one data set.
+        index: its index, for the sizes.
+    """
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder = folder
+        self.sizes = np.array([(entry.height, entry.width) for entry in index.entries], dtype=np.int64).reshape(-1, 2)
+        self.ends = np.cumsum(-(-self.sizes.prod(axis=1) // 8))
+        self._bits: np.ndarray | None = None
+
+    def mask(self, position: int) -> Bool[np.ndarray, "H W"]:
+        """The lesion mask of the case at ``position`` in `Reader.cases`."""
+        if self._bits is None:
+            self._bits = np.memmap(_native_file(self.folder), dtype=np.uint8, mode="r")
+        height, width = map(int, self.sizes[position])
+        end = int(self.ends[position])
+        bits = np.unpackbits(self._bits[end - -(-height * width // 8) : end], count=height * width)
+        return bits.view(bool).reshape(height, width)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bits": None}
 
 
 class UnusableFiles(UserError):
@@ -102,8 +136,8 @@ def open_cache(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             index = Index.load(folder, mark, len(cases))
-            missing = [size for size in dict.fromkeys(sizes) if not _intact(folder, size, len(cases))]
-            if index is None or missing:
+            missing = [size for size in dict.fromkeys(sizes) if not _intact(folder, *_frames(folder, size))]
+            if index is None or missing or not _intact(folder, NATIVE, _native_file(folder)):
                 index = _build(reader, cases, mark, missing, folder, progress)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "choose another cache_dir"
@@ -122,7 +156,7 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
         images = {size: _array(partial, size, 0, (len(cases), size, size)) for size in sizes}
         masks = {size: _array(partial, size, 1, (len(cases), size * (-(-size // 8)))) for size in sizes}
 
-        def fill(position: int) -> Entry | UserError:
+        def fill(position: int) -> tuple[Entry, bytes] | UserError:
             try:
                 entry, image, mask = read_entry(reader, cases[position])
             except UserError as error:
@@ -131,20 +165,29 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
             for size in sizes:
                 images[size][position] = to_square(image, size)
                 masks[size][position] = np.packbits(mask_to_square(mask, size), axis=1).ravel()
-            return entry
+            return entry, np.packbits(mask).tobytes()
 
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # Pillow and zlib release the GIL
-            results = list(_bar(pool.map(fill, range(len(cases))), len(cases), reader.name, progress))
-        if errors := [str(result) for result in results if isinstance(result, UserError)]:
+        entries, errors = [], []
+        with (
+            ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,  # Pillow and zlib release the GIL
+            _native_file(partial).open("wb") as native,
+        ):
+            for result in shown(pool.map(fill, range(len(cases))), len(cases), f"Reading {reader.name}", progress):
+                if isinstance(result, UserError):
+                    errors.append(str(result))
+                else:
+                    entries.append(result[0])
+                    native.write(result[1])
+        if errors:
             raise UnusableFiles(errors)
-        index = Index(mark, tuple(result for result in results if isinstance(result, Entry)), thumbnails)
+        index = Index(mark, tuple(entries), thumbnails)
         for array in (*images.values(), *masks.values()):
             array.flush()
+        _vouch(partial, NATIVE, _native_file(partial))
         for size in sizes:
-            record = {"version": VERSION, "checksums": [_checksum(path) for path in _array_files(partial, size)]}
-            (partial / f"frames-{size}.json").write_text(json.dumps(record))
+            _vouch(partial, *_frames(partial, size))
         index.save(partial)
-        # index.json and frames-S.json come after the arrays they vouch for
+        # each .json comes after the arrays it vouches for
         for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".json"):
             path.replace(folder / path.name)
     finally:
@@ -152,38 +195,50 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
     return index
 
 
-def _bar(results: Iterator, total: int, name: str, show: bool) -> Iterator:
+def shown(results: Iterable[T], total: int, what: str, progress: bool = True) -> Iterator[T]:
+    """The results, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    quiet = not (show and console.is_terminal)
-    return iter(track(results, f"Reading {name}", total=total, console=console, disable=quiet, transient=True))
+    quiet = not (progress and console.is_terminal)
+    return iter(track(results, what, total=total, console=console, disable=quiet, transient=True))
 
 
 def _array_files(folder: Path, size: int) -> tuple[Path, Path]:
     return folder / f"images-{size}.npy", folder / f"masks-{size}.npy"
 
 
-def _array(folder: Path, size: int, which: int, shape: tuple[int, ...]) -> np.memmap:
+def _array(folder: Path, size: int, which: int, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     return np.lib.format.open_memmap(_array_files(folder, size)[which], mode="w+", dtype=np.uint8, shape=shape)
 
 
-def _intact(folder: Path, size: int, count: int) -> bool:
-    """Whether the arrays are there and hold what was written: 1 s for 1 GB."""
+def _frames(folder: Path, size: int) -> tuple[str, Path, Path]:
+    """The name of the frames at a size, and their files."""
+    return f"frames-{size}", *_array_files(folder, size)
+
+
+def _native_file(folder: Path) -> Path:
+    return folder / f"{NATIVE}.bits"
+
+
+def _vouch(folder: Path, name: str, *files: Path) -> None:
+    """Write the checksums of some arrays under their name."""
+    record = {"version": VERSION, "checksums": [_checksum(path) for path in files]}
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def _intact(folder: Path, name: str, *files: Path) -> bool:
+    """Whether arrays are there and hold what was written: 1 s for 1 GB."""
+    record_file = folder / f"{name}.json"
     try:
-        record = json.loads((folder / f"frames-{size}.json").read_text())
-        files = _array_files(folder, size)
-        whole = (
-            record["version"] == VERSION
-            and all(len(np.load(path, mmap_mode="r")) == count for path in files)
-            and record["checksums"] == [_checksum(path) for path in files]
-        )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        record = json.loads(record_file.read_text())
+        whole = record["version"] == VERSION and record["checksums"] == [_checksum(path) for path in files]
+    except (OSError, ValueError, KeyError, TypeError):
         whole = False
-    if not whole and (folder / f"frames-{size}.json").exists():
-        log.warning("the cache in %s is damaged at size %d and is built again", folder, size)
-    return whole
+    if not whole and record_file.exists():
+        log.warning("the cache in %s is damaged (%s) and is built again", folder, name)
+    return bool(whole)
 
 
 def _checksum(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,13 +11,15 @@ from torch.utils.data import DataLoader
 from ultrarefiner import ranks
 from ultrarefiner.data import folds as partition
 from ultrarefiner.data.augment import Augment
-from ultrarefiner.data.cache import Frames, open_cache
+from ultrarefiner.data.cache import Frames
 from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
-from ultrarefiner.data.index import Index, fingerprint
+from ultrarefiner.data.index import Index
+from ultrarefiner.data.mask_files import MaskFiles
 from ultrarefiner.data.predictions import Predictions
-from ultrarefiner.data.readers import Reader
+from ultrarefiner.data.seen import Seen, marks_of
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 
 
@@ -28,7 +29,7 @@ class DataModule(pl.LightningDataModule):
     Build the Trainer with ``use_distributed_sampler=False``: the samplers here know the processes themselves.
 
     Args:
-        reader: the data set.
+        store: the data set.
         fold, folds, test_fraction: see `folds.make_split`.
         seed: of order, augmentation and simulation.
         split_seed: of the partition and of what a limit takes: runs that differ in `seed` are tested on the same cases.
@@ -38,9 +39,9 @@ class DataModule(pl.LightningDataModule):
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
         predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
-        cache_dir: where decoded frames are kept.
         limit: the most cases of each part, for short runs.
         without: [part, parts] leaves one of several parts out of the training cases, see `folds.hold_out`.
         include_normal: keep images without a lesion; else they are left out and counted.
@@ -48,12 +49,11 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        reader: Reader,
+        store: Store,
         *,
         fold: int,
         seed: int,
         batch_size: int,
-        cache_dir: str | Path,
         folds: int = 5,
         image_size: int = 512,
         coarse_size: int = 224,
@@ -62,6 +62,7 @@ class DataModule(pl.LightningDataModule):
         augment: Augment | None = None,
         simulator: Simulator | None = None,
         predictions: Predictions | None = None,
+        masks: MaskFiles | None = None,
         masks_per_image: int = 1,
         frame: bool = True,
         limit: Limits | Mapping[str, int | None] | None = None,
@@ -71,18 +72,17 @@ class DataModule(pl.LightningDataModule):
         without: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.reader = reader
+        self.store, self.reader = store, store.reader
         self.fold, self.folds, self.test_fraction = fold, folds, test_fraction
         self.seed, self.split_seed = seed, split_seed
         self.image_size, self.coarse_size = image_size, coarse_size
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers = num_workers
         self.augment, self.frame = augment, frame
-        self.simulator, self.predictions = simulator, predictions
+        self.simulator, self.predictions, self.masks = simulator, predictions, masks
         if masks_per_image < 1:
             raise UserError(f"phase.masks_per_image={masks_per_image} leaves nothing to refine: give 1 or more.")
         self.masks_per_image = masks_per_image
-        self.cache_dir = Path(cache_dir)
         self.limit = limit
         if without is not None and len(without) != 2:
             raise UserError(f"dataset.without={list(without)} is no part: give [part, parts].")
@@ -125,7 +125,25 @@ class DataModule(pl.LightningDataModule):
         leaks = partition.leaks(split, cases, index)
         if leaks:
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
+        if self.masks is not None:
+            self.masks.check(split, self.coarse_size)
         return split
+
+    def marks(self, part: str) -> list[str]:
+        """By what the images of a part are recognised, see `seen`."""
+        cases, index = self._usable
+        position = {case.key: i for i, case in enumerate(cases)}
+        return marks_of(index, [position[case.key] for case in self.split.part(part)])
+
+    def known(self, part: str, seen: Seen) -> list[Case]:
+        """The cases of "val" or "test" that weights know: that they were trained on or, of test, chosen by.
+
+        What was seen and lies in an earlier part here is proven to be none of these cases; so is what looks like it to
+        the short marks.
+        """
+        earlier = [mark for other in PARTS[: PARTS.index(part)] for mark in self.marks(other)]
+        seen = (seen if part == "test" else Seen(seen.trained)).without(earlier)
+        return [self.split.part(part)[i] for i in seen.among(self.marks(part))]
 
     @cached_property
     def left_out(self) -> tuple[Exclusion, ...]:
@@ -154,31 +172,24 @@ class DataModule(pl.LightningDataModule):
             "left_out": [f"{exclusion.what}: {exclusion.reason}" for exclusion in self.left_out],
         }
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.reader, self.reader.cases())
-
-    def fingerprint(self) -> str:
-        """What identifies the data set's content, wherever it lies (see `index.fingerprint`)."""
-        return self._fingerprint
-
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         data = self.dataset("train", augment=self.augment)
         return self._loader(data, self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("val", native=True), self.eval_batch_size, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.dataset("test", native=True), self.eval_batch_size, shuffle=False)
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, masks = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        predictions, several = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
         cases = self.split.part(part)
-        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, masks)
+        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
 
-    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader:
+    def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
         processes = ranks.size()
         if len(data) < processes:
             raise UserError(f"{self.reader.name}: {len(data)} cases are too few for {processes} processes")
@@ -201,8 +212,8 @@ class DataModule(pl.LightningDataModule):
 
     @cached_property
     def _opened(self) -> tuple[Index, dict[int, Frames]]:
-        partition.check_fold(self.reader.cases(), self.fold, self.folds)
-        return open_cache(self.reader, (self.coarse_size, self.image_size), self.cache_dir, self._fingerprint)
+        partition.check_fold(self.store.cases, self.fold, self.folds)
+        return self.store.open((self.coarse_size, self.image_size))
 
     @cached_property
     def _usable(self) -> tuple[list[Case], Index]:
@@ -213,16 +224,16 @@ class DataModule(pl.LightningDataModule):
             for position, entry in enumerate(index.entries)
             if not entry.fault and (entry.lesion_px or self.include_normal)
         ]
-        cases = self.reader.cases()
+        cases = self.store.cases
         return [cases[position] for position in kept], index.select(kept)
 
     @cached_property
     def _source(self) -> Source:
         index, frames = self._opened
-        positions = {case.key: position for position, case in enumerate(self.reader.cases())}
+        positions = {case.key: position for position, case in enumerate(self.store.cases)}
         full = frames[self.image_size] if self.frame else None
         aspects = [entry.width / max(entry.height, 1) for entry in index.entries]
-        return Source(self.reader, positions, frames[self.coarse_size], full, aspects)
+        return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
 def _one_thread(_: int) -> None:

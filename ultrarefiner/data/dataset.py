@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from ultrarefiner.data.augment import Augment, Change
-from ultrarefiner.data.cache import Frames
+from ultrarefiner.data.cache import Frames, NativeMasks
 from ultrarefiner.data.cases import Case
+from ultrarefiner.data.mask_files import MaskFiles
 from ultrarefiner.data.predictions import Predictions
-from ultrarefiner.data.readers import Reader
 
 Simulator = Callable[[Bool[np.ndarray, "C C"], int], Float32[np.ndarray, "C C"]]
 
@@ -23,21 +23,21 @@ class Source:
     """Where the pixels of the cases come from.
 
     Attributes:
-        reader: for masks at native size.
         positions: `Case.key` → position in the cache.
+        native: masks at native size.
         coarse: frames at the coarse network's size C.
         full: frames at S; None where nobody needs them.
         aspects: native width / height by position, as the frames are stretched to squares.
     """
 
-    reader: Reader
     positions: Mapping[tuple[str, str], int]
+    native: NativeMasks
     coarse: Frames
     full: Frames | None
     aspects: Sequence[float]
 
 
-class Cases(Dataset):
+class Cases(Dataset[dict[str, Any]]):
     """Cases as dictionaries.
 
     "image" and "mask" (1, S, S), "coarse_image" and "coarse_mask" (1, C, C), "prob" (K, C, C): float32 in [0, 1];
@@ -51,7 +51,8 @@ class Cases(Dataset):
         augment: draws one geometric and one photometric change for a sample; None leaves it as it is.
         simulator: (coarse mask, seed) → simulated prediction of the coarse network.
         predictions: real ones, of which a share takes the place of simulated ones.
-        native: add the mask from the original file, at its own size.
+        files: masks that take the place of simulated ones, and the part they are of.
+        native: add the mask at the size of its image.
         masks_per_image: K, simulated predictions of one (changed) case.
     """
 
@@ -65,6 +66,7 @@ class Cases(Dataset):
         predictions: Predictions | None = None,
         native: bool = False,
         masks_per_image: int = 1,
+        files: tuple[MaskFiles, str] | None = None,
     ) -> None:
         self.cases = tuple(cases)
         self.source = source
@@ -72,6 +74,7 @@ class Cases(Dataset):
         self.augment = augment
         self.simulator = simulator
         self.predictions = predictions
+        self.files = files
         self.native = native
         self.masks_per_image = masks_per_image
 
@@ -93,7 +96,7 @@ class Cases(Dataset):
         aspect = torch.tensor(self.source.aspects[position], dtype=torch.float32)
         item: dict[str, Any] = {"index": index, "id": case.id, "aspect": aspect}
         for prefix, (image, mask) in pairs.items():
-            item[f"{prefix}image"] = _tensor(image)
+            item[f"{prefix}image"] = as_tensor(image)
             item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
         if self.simulator is not None or self.predictions is not None:
             several = range(index * self.masks_per_image, (index + 1) * self.masks_per_image)
@@ -101,20 +104,24 @@ class Cases(Dataset):
             probs = [self._prob(case, pairs["coarse_"][1], change, seed) for seed in seeds]
             item["prob"] = torch.from_numpy(np.stack(probs).astype(np.float32, copy=False))
         if self.native:
-            item["native_mask"] = self.source.reader.read(case)[1]
+            item["native_mask"] = self.source.native.mask(position)
         return item
 
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int
-    ) -> Float32[np.ndarray, "C C"]:
-        """A prediction for the (changed) mask: a real one, changed alike, or a simulated one."""
+    ) -> Float[np.ndarray, "C C"]:
+        """A prediction for the (changed) mask: a real one or one from a file, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
         if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:
-            real = self.predictions.load(case, mask.shape[0])
-            # what comes into the frame from outside is as sure to be background as anything in it
-            return np.maximum(change.warp(real)[0], real.min()) if change else real
-        assert self.simulator is not None
-        return self.simulator(mask, seed)
+            given = self.predictions.load(case, mask.shape[0])
+        elif self.files is not None:
+            files, part = self.files
+            given = files.draw(case, part, seed)
+        else:
+            assert self.simulator is not None
+            return self.simulator(mask, seed)
+        # what comes into the frame from outside is as sure to be background as anything in it
+        return np.maximum(change.warp(given)[0], given.min()) if change else given
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -185,5 +192,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, "native_mask": native} if native else batch
 
 
-def _tensor(image: UInt8[np.ndarray, "S S"]) -> Float32[torch.Tensor, "1 S S"]:
+def as_tensor(image: UInt8[np.ndarray, "S S"]) -> Float32[torch.Tensor, "1 S S"]:
+    """Grey values 0 to 255 → [0, 1]."""
     return torch.from_numpy(image.astype(np.float32) * np.float32(1 / 255))[None]

@@ -5,10 +5,9 @@ draws the folds (BUS-BRA) these are used; else a test set is cut off by group fi
 rest is dealt out to the folds, each class and lesion size in its share.
 """
 
-import csv
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.duplicates import components, near_duplicates
 from ultrarefiner.data.index import Index
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import write_csv
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def group_cases(cases: Sequence[Case], index: Index) -> list[int]:
     return components(len(cases), links)
 
 
-def limit_split(split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping, seed: int) -> Split:
+def limit_split(
+    split: Split, limits: Limits | Mapping[str, int | None] | None, groups: Mapping[Any, Hashable], seed: int
+) -> Split:
     """A seeded subset of whole groups of each part, no larger than its limit (but for a first group that is).
 
     Args:
@@ -141,7 +143,7 @@ def limit_split(split: Split, limits: Limits | Mapping[str, int | None] | None, 
     return replace(split, **chosen)
 
 
-def hold_out(split: Split, part: int, parts: int, groups: Mapping, seed: int) -> Split:
+def hold_out(split: Split, part: int, parts: int, groups: Mapping[Any, Hashable], seed: int) -> Split:
     """Take one of ``parts`` out of the training cases, by whole groups, each class in its share.
 
     A network that is trained on what is left has never seen the part: its predictions of it are out-of-fold. The parts
@@ -212,11 +214,14 @@ def leaks(split: Split, cases: Sequence[Case], index: Index) -> list[str]:
 
 def save_split(split: Split, path: Path) -> None:
     """Write the split as CSV: part, dataset, id, patient, label."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["part", "dataset", "id", "patient", "label"])
-        for part in (*PARTS, HELD):
-            table.writerows([part, case.dataset, case.id, case.patient or "", case.label] for case in split.part(part))
+    write_csv(
+        path,
+        (
+            {"part": part, "dataset": case.dataset, "id": case.id, "patient": case.patient, "label": case.label}
+            for part in (*PARTS, HELD)
+            for case in split.part(part)
+        ),
+    )
 
 
 def _official(case: Case, fold: int) -> str:
@@ -274,7 +279,7 @@ def _draw(
 
 def _deal(
     groups: list[list[int]],
-    stratum: Callable[[list[int]], tuple],
+    stratum: Callable[[list[int]], tuple[Any, ...]],
     shares: Sequence[float],
     rng: np.random.Generator,
     at_least: Sequence[int],
@@ -286,11 +291,11 @@ def _deal(
     """
     shuffled = [groups[position] for position in rng.permutation(len(groups))]
     shuffled.sort(key=len, reverse=True)
-    total: Counter[tuple | None] = Counter({None: sum(map(len, groups))})  # None: over all strata
+    total: Counter[tuple[Any, ...] | None] = Counter({None: sum(map(len, groups))})  # None: over all strata
     for group in groups:
         total[stratum(group)] += len(group)
     parts: list[list[list[int]]] = [[] for _ in shares]
-    held: list[Counter[tuple | None]] = [Counter() for _ in shares]
+    held: list[Counter[tuple[Any, ...] | None]] = [Counter() for _ in shares]
     for group in shuffled:
         kind = stratum(group)
         missing = [
@@ -334,7 +339,9 @@ def _reconcile(cases: Sequence[Case], roles: Sequence[str], groups: Sequence[int
     return Split(train, val, test, tuple(left_out), moved)
 
 
-def _some(cases: tuple[Case, ...], limit: int | None, groups: Mapping, rng: np.random.Generator) -> tuple[Case, ...]:
+def _some(
+    cases: tuple[Case, ...], limit: int | None, groups: Mapping[Any, Hashable], rng: np.random.Generator
+) -> tuple[Case, ...]:
     if limit is None or len(cases) <= limit:
         return cases
     by_group: dict[object, list[Case]] = defaultdict(list)

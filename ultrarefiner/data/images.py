@@ -5,9 +5,10 @@ upright (EXIF orientation applied), at the native size.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -31,7 +32,7 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W"]:
         UserError: the file is empty, damaged, of another format, of several frames, or larger than MAX_PIXELS.
     """
     pixels = _decode(path)
-    return _luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
+    return luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
 
 
 def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
@@ -62,7 +63,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path, formats=_FORMATS) as opened:
-            return opened.size
+            width, height = opened.size
+            return width, height
     except Exception as error:  # as in _decode
         raise _unreadable(path, error) from error
 
@@ -76,6 +78,13 @@ def to_square(image: UInt8[np.ndarray, "H W"], size: int) -> UInt8[np.ndarray, "
     if image.shape == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def map_to_square(values: Float32[np.ndarray, "H W"], size: int) -> Float32[np.ndarray, "size size"]:
+    """Resample a map of numbers, such as probabilities, like `to_square`."""
+    if values.shape == (size, size):
+        return values
+    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def mask_to_square(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "size size"]:
@@ -92,17 +101,17 @@ def mask_to_square(mask: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray,
     return resampled
 
 
-def _most_covered(mask: NDArray, coverage: NDArray) -> int:
+def _most_covered(mask: NDArray[Any], coverage: NDArray[Any]) -> int:
     if coverage.any():
         return int(coverage.argmax())
     size = coverage.shape[0]  # a speck too faint for 8 bits: the pixel its centre falls into
     rows, columns = np.nonzero(mask)
     row = int((rows.mean() + 0.5) / mask.shape[0] * size)
     column = int((columns.mean() + 0.5) / mask.shape[1] * size)
-    return row * size + column
+    return int(row * size + column)
 
 
-def _decode(path: Path) -> NDArray:
+def _decode(path: Path) -> NDArray[Any]:
     """The pixels of ``path``: (H, W) of any numeric type, or (H, W, 3) uint8."""
     try:
         if path.stat().st_size == 0:
@@ -121,7 +130,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _decode_picture(path: Path) -> NDArray:
+def _decode_picture(path: Path) -> NDArray[Any]:
     # the list of formats keeps Pillow's riskier decoders (EPS and others) away from unknown files
     with Image.open(path, formats=_FORMATS) as opened:
         _check_size(path, opened.width, opened.height)
@@ -139,9 +148,9 @@ def _decode_picture(path: Path) -> NDArray:
         return np.asarray(picture.convert("RGB"))
 
 
-def _decode_dicom(path: Path) -> NDArray:
+def _decode_dicom(path: Path) -> NDArray[Any]:
     import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
     data = pydicom.dcmread(path)
     frames = int(getattr(data, "NumberOfFrames", 1) or 1)
@@ -165,11 +174,12 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def _luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+def luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+    """Colour as grey (ITU-R 601)."""
     return np.asarray(Image.fromarray(pixels).convert("L"))
 
 
-def _eight_bits(pixels: NDArray, path: Path) -> UInt8[np.ndarray, "H W"]:
+def _eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W *colours"]:
     if pixels.dtype == np.uint8:
         return pixels
     values = pixels.astype(np.float64)
@@ -179,4 +189,4 @@ def _eight_bits(pixels: NDArray, path: Path) -> UInt8[np.ndarray, "H W"]:
     high = values.max()
     if low == 0 and high <= 255 and pixels.dtype.kind != "f":
         return pixels.astype(np.uint8)
-    return np.round((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.asarray(np.round((values - low) * (255 / max(high - low, 1e-12))), dtype=np.uint8)

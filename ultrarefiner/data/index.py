@@ -13,8 +13,9 @@ from ultrarefiner.data.cases import Case
 from ultrarefiner.data.images import MIN_SIDE
 from ultrarefiner.data.readers import Reader
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import sha256
 
-VERSION = 1  # raised when the meaning of an index or a cache changes: older ones are then built anew
+VERSION = 2  # raised when the meaning of an index or a cache changes: older ones are then built anew
 _WHOLE = 1 << 20  # bytes: up to this size a file is hashed whole for the fingerprint, else in 16 samples
 
 
@@ -66,7 +67,7 @@ class Index:
         record = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
-            "signatures_sha256": hashlib.sha256(self.signatures.tobytes()).hexdigest(),
+            "signatures_sha256": _digest(self.signatures),
             "cases": [asdict(entry) for entry in self.entries],
         }
         (folder / "index.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -82,7 +83,7 @@ class Index:
                 record["version"] == VERSION
                 and record["fingerprint"] == fingerprint
                 and len(entries) == len(signatures) == count
-                and record["signatures_sha256"] == hashlib.sha256(signatures.tobytes()).hexdigest()
+                and record["signatures_sha256"] == _digest(signatures)
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
@@ -96,7 +97,7 @@ def read_entry(reader: Reader, case: Case) -> tuple[Entry, np.ndarray, np.ndarra
         UserError: as `Reader.read`.
     """
     image, mask = reader.read(case)
-    hashes = [_sha256(path) for path in case.files]
+    hashes = [sha256(path) for path in case.files]
     own = hashes[0] if case.image is not None else hashlib.sha256(image.tobytes()).hexdigest()
     masks = tuple(hashes[1:] if case.image is not None else hashes)
     entry = Entry(
@@ -140,24 +141,16 @@ def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
     return total.hexdigest()
 
 
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
 def _fault(image: np.ndarray, mask: np.ndarray) -> str:
     if min(image.shape) < MIN_SIDE:
         return f"the image has {image.shape[1]} × {image.shape[0]} px, less than {MIN_SIDE} on a side"
     if mask.all():
         return "the mask covers the whole image"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    total = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(_WHOLE):
-        total.update(block)
-    return total.hexdigest()
 
 
 def _sample(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def _counts(cases: Sequence[Case]) -> str:
     return " · ".join(f"{label} {count}" for label, count in sorted(counts.items()))
 
 
-def _spread(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _spread(values: np.ndarray) -> list[tuple[str, Any]]:  # a number, or one for each column
     return [("least", values.min(axis=0)), ("median", np.median(values, axis=0)), ("most", values.max(axis=0))]
 
 

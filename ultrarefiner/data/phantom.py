@@ -146,11 +146,11 @@ def compress(envelope: Map, size: int, dynamic_range_db: float, gain_db: float) 
     """Scan conversion to size × size pixels and log compression to 8 bit; white is 24 dB above glandular tissue."""
     converted = cv2.resize(envelope, (size, size), None, 0, 0, cv2.INTER_AREA if size <= LINES else cv2.INTER_LINEAR)
     level_db = 20 * np.log10(converted + np.float32(1e-6)) + np.float32(gain_db - 24)
-    return np.rint(255 * np.clip(1 + level_db / np.float32(dynamic_range_db), 0, 1)).astype(np.uint8)
+    return np.asarray(np.rint(255 * np.clip(1 + level_db / np.float32(dynamic_range_db), 0, 1)), dtype=np.uint8)
 
 
 def _amplitude(level_db: Map) -> Map:
-    return np.exp(level_db * np.float32(np.log(10) / 20))
+    return np.asarray(np.exp(level_db * np.float32(np.log(10) / 20)))
 
 
 def _complex_normal(rng: Generator) -> np.ndarray:
@@ -190,7 +190,7 @@ class Lesion:
         inside = (self.polar(*np.meshgrid(along, along))[0] <= 0).astype(np.uint8)
         # The tip of a spicule can be thinner than a pixel: what that detaches is no part of the body.
         _, parts, stats, _ = cv2.connectedComponentsWithStats(inside, connectivity=4)
-        return parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+        return np.asarray(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
 
 
 def _draw_lesion(patient: Generator, view: Generator, malignant: bool, depths_mm: tuple[float, float]) -> Lesion:
@@ -370,4 +370,4 @@ def _noise(rng: Generator, rows: int, columns: int) -> Map:
 
 def _step(distance: Map, softness: float) -> Map:
     """From 0 to 1 where `distance` crosses zero, over a width of 4 × softness."""
-    return np.clip(distance * np.float32(0.25 / softness) + np.float32(0.5), 0, 1)
+    return np.asarray(np.clip(distance * np.float32(0.25 / softness) + np.float32(0.5), 0, 1))

@@ -61,4 +61,4 @@ class Predictions:
             ) from error
         if logit.shape != (size, size):
             raise UserError(f"{path} has shape {logit.shape}, not {(size, size)}: build the predictions at this size.")
-        return 1 / (1 + np.exp(-logit))
+        return np.asarray(1 / (1 + np.exp(-logit)))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from ultrarefiner.data import files
 from ultrarefiner.data.cases import Case, Exclusion
-from ultrarefiner.data.images import image_size, load_colours, load_image, load_mask
+from ultrarefiner.data.images import SUFFIXES, image_size, load_colours, load_image, load_mask
 from ultrarefiner.errors import UserError
 
 
@@ -93,13 +93,15 @@ class FileReader(Reader):
             merged |= mask
         return image, merged
 
-    def case(self, id: str, image: Path, masks: Sequence[Path], **more) -> Case:
+    def case(self, id: str, image: Path, masks: Sequence[Path], **more: Any) -> Case:
         """A case of this data set; ``more`` are fields of `Case`."""
         if self.test_only:
             more["roles"] = ("test",)
         return Case(id=id, dataset=self.name, image=image, masks=tuple(masks), **more)
 
-    def pairs(self, root: Path, images: str, masks: str, prefixes: tuple[str, str] = ("", "")) -> Iterator[tuple]:
+    def pairs(
+        self, root: Path, images: str, masks: str, prefixes: tuple[str, str] = ("", "")
+    ) -> Iterator[tuple[str, Path, Path]]:
         """(stem, image, mask) of two folders in which an image and its mask have the same name.
 
         Args:
@@ -332,7 +334,7 @@ class Folder(FileReader):
         table = files.read_table(path, (self.id_column, *columns.values()), key=self.id_column)
         rows: dict[str, dict[str, Any]] = {}
         for id, row in table.items():
-            key = files.stem_key(Path(id).stem if Path(id).suffix.lower() in files.SUFFIXES else id)
+            key = files.stem_key(Path(id).stem if Path(id).suffix.lower() in SUFFIXES else id)
             if key not in images:
                 raise UserError(
                     f"{path} names the unknown image {id!r}: add it to {root / 'images'} or remove the row."

@@ -1,6 +1,6 @@
 """Coarse network → refiner, and the one place where the gradient between them is scaled."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from ultrarefiner.refine.refiner import Refinement, Refiner
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -29,6 +29,11 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 def lesion_logit(logits: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 1 H W"]:
     """The lesion's logit against the background's: its sigmoid is softmax(logits)[:, 1]."""
     return logits[:, 1:2] - logits[:, 0:1]
+
+
+def soft_logit(prob: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The logit of a probability; 0 and 1 become ∓16, which is as far as float32 tells 1 from less."""
+    return torch.logit(prob, eps=1e-7)
 
 
 class CascadeOutput(NamedTuple):
@@ -78,7 +83,7 @@ class Cascade(nn.Module):
         """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
         coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
-        refined = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
+        refined: Refinement = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)

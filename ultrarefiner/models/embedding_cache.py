@@ -13,6 +13,7 @@ import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class EmbeddingCache:
         image: Float[Tensor, "B C S S"],
         encoder: nn.Module,
         kind: str,
-        encode: Callable[[Float[Tensor, "1 C S S"]], Float[Tensor, "1 D h w"]],
+        encode: Callable[[Float[Tensor, "1 C S S"]], Any],
     ) -> Float[Tensor, "B D h w"]:
         """The embeddings of images, in the images' dtype.
 
@@ -60,18 +61,21 @@ class EmbeddingCache:
             encode: computes the embedding of one image.
 
         Raises:
-            UserError: an embedding that float16 cannot hold.
+            UserError: an embedding that float16 cannot hold, or one of several tensors (of SAM-HQ and SAM 2).
         """
         room = self.folder / self._mark(encoder, f"{kind} {_precision(image)}")
         found = [self._one(room, one, encode) for one in image.split(1)]
         return torch.from_numpy(np.stack(found)).to(image)
 
-    def _one(self, room: Path, image: Tensor, encode: Callable[[Tensor], Tensor]) -> Float16[np.ndarray, "D h w"]:
+    def _one(self, room: Path, image: Tensor, encode: Callable[[Tensor], Any]) -> Float16[np.ndarray, "D h w"]:
         path = room / f"{_hash(image)}.npy"
         embedding = _read(path)
         if embedding is None:
             with torch.no_grad():
-                embedding = encode(image)[0].to(torch.float16).cpu().numpy()
+                encoded = encode(image)
+            if not isinstance(encoded, Tensor):
+                raise UserError("only SAM's own kind of embedding can be kept; set model.cache_embeddings=false.")
+            embedding = encoded[0].to(torch.float16).cpu().numpy()
             if not np.isfinite(embedding).all():
                 raise UserError("an image's embedding exceeds the range of float16; set model.cache_embeddings=false.")
             self._keep(path, embedding)

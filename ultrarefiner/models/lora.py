@@ -1,6 +1,7 @@
 """Low-rank adaptation of a SAM image encoder (Hu et al. 2022, "LoRA"): W + (alpha/rank)·up·down, W frozen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def add_lora(
     sam: Sam,
     rank: int = 4,
     alpha: float = 4.0,
-    blocks: int | Sequence[int] | None = None,
+    blocks: Any = None,
     targets: Sequence[str] = TARGETS,
 ) -> list[nn.Parameter]:
     """Give the image encoder's attention layers trainable low-rank terms; what was there keeps its requires_grad.
@@ -48,7 +49,7 @@ def add_lora(
     Args:
         sam: changed in place.
         rank: inner dimension, at least 1. alpha: the terms are scaled by alpha/rank.
-        blocks: the last n blocks, or the indices of blocks (negative ones count from the end); None is all.
+        blocks: n for the last n blocks, or the indices of blocks (negative ones count from the end); None is all.
         targets: of "qkv" and "proj".
 
     Returns:

@@ -17,7 +17,8 @@ class StdConv2d(nn.Conv2d):
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        return self._conv_forward(input, (self.weight - mean) / torch.sqrt(variance + 1e-5), self.bias)
+        weight = (self.weight - mean) / torch.sqrt(variance + 1e-5)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> StdConv2d:

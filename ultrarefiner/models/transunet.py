@@ -39,7 +39,7 @@ class TransUNetConfig:
     @property
     def patch(self) -> int:
         """Side of a token in image pixels: each decoder block doubles the resolution back to the image's."""
-        return 2 ** len(self.decoder_channels)
+        return 1 << len(self.decoder_channels)
 
 
 _R50 = (3, 4, 9)
@@ -94,7 +94,8 @@ class Attention(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return F.dropout(self.out(mixed.transpose(1, 2).flatten(-2)), self.dropout, self.training)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return F.dropout(out, self.dropout, self.training)
 
 
 class Mlp(nn.Module):
@@ -110,7 +111,8 @@ class Mlp(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
+        out: Tensor = self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(tokens)))))
+        return out
 
 
 class Block(nn.Module):
@@ -125,7 +127,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         tokens = tokens + self.attn(self.attention_norm(tokens))
-        return tokens + self.ffn(self.ffn_norm(tokens))
+        out: Tensor = tokens + self.ffn(self.ffn_norm(tokens))
+        return out
 
 
 class Embeddings(nn.Module):
@@ -161,7 +164,8 @@ class Encoder(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         for block in self.layer:
             tokens = block(tokens)
-        return self.encoder_norm(tokens)
+        encoded: Tensor = self.encoder_norm(tokens)
+        return encoded
 
 
 class Transformer(nn.Module):
@@ -194,7 +198,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C h w"], skip: Tensor | None = None) -> Float[Tensor, "B D H W"]:
         # Corners aligned, against this project's convention: published weights were trained so.
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], dim=1)))
+        out: Tensor = self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], dim=1)))
+        return out
 
 
 class Decoder(nn.Module):
@@ -211,7 +216,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N C"], skips: list[Tensor]) -> Float[Tensor, "B D H W"]:
         side = round(tokens.shape[1] ** 0.5)
-        x = self.conv_more(tokens.transpose(1, 2).unflatten(-1, (side, side)))
+        x: Tensor = self.conv_more(tokens.transpose(1, 2).unflatten(-1, (side, side)))
         for i, block in enumerate(self.blocks):
             x = block(x, skips[i] if i < self.n_skip else None)
         return x
@@ -280,7 +285,8 @@ class TransUNet(nn.Module):
         if image.device.type == "cpu":  # its convolutions are a sixth faster so; the format spreads from here
             image = image.contiguous(memory_format=torch.channels_last)
         tokens, skips = self.transformer(image)
-        return self.segmentation_head(self.decoder(tokens, skips))
+        logits: Tensor = self.segmentation_head(self.decoder(tokens, skips))
+        return logits
 
     def load_official(self, path: str | Path) -> None:
         """Load a state_dict of the published TransUNet code, strictly; nothing changes if the file does not fit.

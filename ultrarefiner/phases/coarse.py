@@ -7,6 +7,7 @@ from torch import Tensor
 from ultrarefiner.models.cascade import Cascade, lesion_logit
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.phase import OptimizerFactory, Phase, poly
+from ultrarefiner.settings import COARSE
 
 
 class CoarsePhase(Phase):
@@ -21,7 +22,7 @@ class CoarsePhase(Phase):
 
     frame = False
     judged_by = "coarse"
-    defined_by = ("model.coarse", "model.coarse_size", "model.coarse_weights")
+    parts = frozenset({COARSE})
 
     def __init__(
         self,
@@ -31,10 +32,10 @@ class CoarsePhase(Phase):
         batch_size: int,
         lr: float,
         optimizer: OptimizerFactory,
-        poly_power: float = 0.9,
-        ce_weight: float = 0.5,
-        dice_weight: float = 0.5,
-        grad_clip: float | None = None,
+        poly_power: float,
+        ce_weight: float,
+        dice_weight: float,
+        grad_clip: float | None,
     ) -> None:
         super().__init__(
             cascade,

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ultrarefiner.config import ProtectionConfig
 from ultrarefiner.models.cascade import Cascade, lesion_logit
 from ultrarefiner.phases import losses
-from ultrarefiner.phases.coarse import CoarsePhase, coarse_terms
+from ultrarefiner.phases.coarse import coarse_terms
 from ultrarefiner.phases.phase import OptimizerFactory, Phase, set_trainable
-from ultrarefiner.phases.protection import Protection, WeightAnchor, hold_batchnorm
-from ultrarefiner.phases.sam import SamPhase, sam_parameters
+from ultrarefiner.phases.protection import WeightAnchor, hold_batchnorm
+from ultrarefiner.phases.sam import sam_parameters
+from ultrarefiner.settings import BRIDGE, COARSE, SAM
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +29,24 @@ class E2EPhase(Phase):
         bce_weight, dice_weight: inside the refined loss.
     """
 
-    defined_by = (*CoarsePhase.defined_by, *SamPhase.defined_by, "model.gradient", "protection")
+    compared = True
+    parts = frozenset({COARSE, SAM, BRIDGE})
 
     def __init__(
         self,
         cascade: Cascade,
         *,
-        protection: Protection,
+        protection: ProtectionConfig,
         epochs: int,
         batch_size: int,
         coarse_lr: float,
         sam_lr: float,
         optimizer: OptimizerFactory,
-        ce_weight: float = 0.5,
-        coarse_dice_weight: float = 0.5,
-        bce_weight: float = 1.0,
-        dice_weight: float = 1.0,
-        grad_clip: float | None = 1.0,
+        ce_weight: float,
+        coarse_dice_weight: float,
+        bce_weight: float,
+        dice_weight: float,
+        grad_clip: float | None,
     ) -> None:
         super().__init__(cascade, epochs=epochs, batch_size=batch_size, optimizer=optimizer, grad_clip=grad_clip)
         assert cascade.coarse is not None
@@ -55,10 +58,11 @@ class E2EPhase(Phase):
         self.anchor: WeightAnchor | None = None
         # Named once: freezing later must not change what the optimiser holds.
         self._sam = sam_parameters(cascade)
-        if protection.freeze_epochs and not self._sam:
+        if protection.freeze_epochs and (protection.sam_freeze_epochs or not self._sam):
+            holder = "protection.sam_freeze_epochs" if protection.sam_freeze_epochs else "model.train"
             raise ValueError(
-                "protection.freeze_epochs holds the coarse network and model.train all of SAM: nothing would move in "
-                "the first epoch"
+                f"protection.freeze_epochs holds the coarse network and {holder} all of SAM: nothing would move in "
+                "the first epoch; set one of them to 0"
             )
         self.baseline: float | None = None
         """Validation Dice of the Phase 1 network, which every epoch is compared with."""
@@ -103,11 +107,6 @@ class E2EPhase(Phase):
         """The coarse mask and what SAM makes of it."""
         out = self.cascade(batch["coarse_image"], batch["image"], batch["aspect"])
         return {"coarse": lesion_logit(out.coarse_logits), "refined": out.refined.logits}
-
-    def coarse_masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The coarse mask alone: before training, this is the Phase 1 baseline."""
-        assert self.cascade.coarse is not None
-        return {"coarse": lesion_logit(self.cascade.coarse(batch["coarse_image"]))}
 
     def on_validation_epoch_end(self) -> None:
         """Compare the coarse network with its Phase 1 baseline: warn when it degrades, restore it when so asked."""

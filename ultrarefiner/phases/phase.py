@@ -15,6 +15,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.ranks import gather
 from ultrarefiner.results import metrics
+from ultrarefiner.settings import PARTS
 
 EXPLODED = 1e4
 """A loss that no mask can cause: training diverges."""
@@ -53,8 +54,10 @@ class Phase(pl.LightningModule):
     """Whether the data carry the S×S frame beside the coarse network's image."""
     judged_by: ClassVar[str] = "refined"
     """Whose validation Dice chooses the best checkpoint: "coarse" or "refined"."""
-    defined_by: ClassVar[tuple[str, ...]] = ()
-    """The configuration nodes, beside dataset, fold, seed and phase, that define the phase's result."""
+    compared: ClassVar[bool] = False
+    """Whether it is compared with what its weights could do before it, see `start_from`."""
+    parts: ClassVar[frozenset[str]] = PARTS
+    """What it trains or needs of `settings.PARTS`; it has no networks but these, and no setting of others matters."""
 
     def __init__(
         self,
@@ -67,15 +70,12 @@ class Phase(pl.LightningModule):
         grad_clip: float | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.cascade = cascade
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizer, self.decay, self.grad_clip = optimizer, decay, grad_clip
         self.seed = 0
-        self.settings: dict[str, Any] = {}
-        """What defines the result; every checkpoint carries it."""
+        self.carried: dict[str, Any] = {}
+        """What every checkpoint says of itself, see `runs.checkpoints.about`."""
         self.measured = True
         """Whether the weights are the ones that the last validation measured."""
         self.steps_done = 0
@@ -98,6 +98,33 @@ class Phase(pl.LightningModule):
     def groups(self) -> list[dict[str, Any]]:
         """All parameter groups of the optimiser, with their learning rates, also those that are frozen at first."""
 
+    def start_from(self, coarse_dice: float) -> None:
+        """Take the weights of now as those that training starts from; a phase that is `compared` remembers them.
+
+        Args:
+            coarse_dice: of the coarse mask on the validation cases.
+        """
+
+    @torch.inference_mode()
+    def predict(
+        self, batch: dict[str, Any], draw: "Callable[[dict[str, Any]], dict[str, Tensor]] | None" = None
+    ) -> dict[str, Tensor]:
+        """The logits of each mask for a batch from anywhere, in evaluation mode.
+
+        Args:
+            batch: what the loaders give, brought to this phase's device and precision (trainer.precision=64-true).
+            draw: batch → logits by name; `masks` if not given.
+        """
+        self.eval()
+        weight = next(self.parameters())
+        here = {
+            name: (value.to(weight) if value.is_floating_point() else value.to(weight.device))
+            if isinstance(value, Tensor)
+            else value
+            for name, value in batch.items()
+        }
+        return (draw or self.masks)(here)
+
     @property
     def monitor(self) -> str:
         """The logged value that chooses the best checkpoint (higher is better)."""
@@ -112,7 +139,7 @@ class Phase(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what it was trained with, and how far in its epoch; hold the average of weights."""
-        checkpoint["ultrarefiner"] = self.settings
+        checkpoint |= self.carried
         if self.steps_done:
             rows = gather([self._sums])
             sums = {name: sum(row[name] for row in rows) / len(rows) for name in self._sums}

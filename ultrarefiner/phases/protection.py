@@ -7,54 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Protection:
-    """The settings of a protection.
-
-    Args:
-        coarse_loss_weight: λc ≥ 0.
-        refined_loss_weight: λr ≥ 0.
-        grad_scale: factor on the gradient that the refiner sends to the coarse network; 0 cuts it.
-        weight_reg: weight of Σ(θ − θ₀)², θ₀ the coarse network's weights at the start of the phase.
-        freeze_epochs: epochs in which the coarse network does not move.
-        sam_freeze_epochs: epochs in which SAM does not move.
-        hold_batchnorm: keep the coarse network's batch statistics as they were; a batch of four would let them drift.
-        warn_drop: warn when the coarse Dice falls below the Phase 1 baseline by more than this.
-        guard: restore the best coarse weights when the coarse Dice falls below its baseline by more than this.
-    """
-
-    def __init__(
-        self,
-        coarse_loss_weight: float = 0.5,
-        refined_loss_weight: float = 0.5,
-        grad_scale: float = 1.0,
-        weight_reg: float = 0.0,
-        freeze_epochs: int = 0,
-        sam_freeze_epochs: int = 0,
-        hold_batchnorm: bool = False,
-        warn_drop: float = 0.005,
-        guard: float | None = None,
-    ) -> None:
-        for name, value in (
-            ("coarse_loss_weight", coarse_loss_weight),
-            ("refined_loss_weight", refined_loss_weight),
-            ("grad_scale", grad_scale),
-            ("weight_reg", weight_reg),
-            ("freeze_epochs", freeze_epochs),
-            ("sam_freeze_epochs", sam_freeze_epochs),
-            ("warn_drop", warn_drop),
-            ("guard", guard or 0),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if freeze_epochs and sam_freeze_epochs:
-            raise ValueError("freeze_epochs and sam_freeze_epochs are both set: nothing would move in the first epoch")
-        self.coarse_loss_weight, self.refined_loss_weight = coarse_loss_weight, refined_loss_weight
-        self.grad_scale, self.weight_reg = grad_scale, weight_reg
-        self.freeze_epochs, self.sam_freeze_epochs = freeze_epochs, sam_freeze_epochs
-        self.hold_batchnorm = hold_batchnorm
-        self.warn_drop, self.guard = warn_drop, guard
-
-
 class WeightAnchor(nn.Module):
     """Σ(θ − θ₀)² over all parameters of a network, θ₀ being their values when the anchor was made.
 

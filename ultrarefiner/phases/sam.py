@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.models.cascade import Cascade, soft_logit
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.phase import OptimizerFactory, Phase
+from ultrarefiner.settings import SAM
 
 # Where K masks share a crop, each side of the box that covers theirs moves outwards by up to this share of its size, so
 # that the lesion does not fill every crop alike.
@@ -34,18 +35,7 @@ class SamPhase(Phase):
     """
 
     simulated = True
-    defined_by = (
-        "model.sam",
-        "model.coarse_size",
-        "model.image_size",
-        "model.train",
-        "model.lora",
-        "model.selection_temperature",
-        "model.cache_embeddings",
-        "prompt_style",
-        "roi",
-        "gate",
-    )
+    parts = frozenset({SAM})
 
     def __init__(
         self,
@@ -55,13 +45,13 @@ class SamPhase(Phase):
         batch_size: int,
         lr: float,
         optimizer: OptimizerFactory,
-        bce_weight: float = 1.0,
-        dice_weight: float = 1.0,
-        focal_weight: float = 0.5,
-        change_weight: float = 0.5,
-        iou_weight: float = 0.1,
-        good_from: float = 0.6,
-        grad_clip: float | None = 1.0,
+        bce_weight: float,
+        dice_weight: float,
+        focal_weight: float,
+        change_weight: float,
+        iou_weight: float,
+        good_from: float,
+        grad_clip: float | None,
     ) -> None:
         super().__init__(cascade, epochs=epochs, batch_size=batch_size, optimizer=optimizer, grad_clip=grad_clip)
         if not sam_parameters(cascade):
@@ -97,8 +87,3 @@ class SamPhase(Phase):
         """The simulated coarse mask and what SAM makes of it."""
         coarse = soft_logit(batch["prob"])
         return {"coarse": coarse, "refined": self.cascade.refine(batch["image"], coarse, aspect=batch["aspect"]).logits}
-
-
-def soft_logit(prob: Tensor) -> Tensor:
-    """The logit of a probability; 0 and 1 become ∓16, which is as far as float32 tells 1 from less."""
-    return torch.logit(prob, eps=1e-7)

@@ -11,8 +11,8 @@ class NoGate(nn.Module):
     """The refined mask alone."""
 
     def forward(
-        self, coarse: Float[Tensor, "B 1 S S"], refined: Float[Tensor, "B 1 S S"], image: Float[Tensor, "B 1 S S"]
-    ) -> Float[Tensor, "B 1 S S"]:
+        self, coarse: Float[Tensor, "B 1 H W"], refined: Float[Tensor, "B 1 H W"], image: Float[Tensor, "B 1 H W"]
+    ) -> Float[Tensor, "B 1 H W"]:
         """Logits of the final mask from the logits of both masks and the image in [0, 1]."""
         return refined
 
@@ -42,8 +42,8 @@ class UncertaintyGate(nn.Module):
         return self.low + (self.high - self.low) * (1 - certainty)
 
     def forward(
-        self, coarse: Float[Tensor, "B 1 S S"], refined: Float[Tensor, "B 1 S S"], image: Float[Tensor, "B 1 S S"]
-    ) -> Float[Tensor, "B 1 S S"]:
+        self, coarse: Float[Tensor, "B 1 H W"], refined: Float[Tensor, "B 1 H W"], image: Float[Tensor, "B 1 H W"]
+    ) -> Float[Tensor, "B 1 H W"]:
         """Logits of the final mask from the logits of both masks and the image in [0, 1]."""
         coarse, refined = precise(coarse), precise(refined)
         return coarse + self.gate(coarse, refined, image) * (refined - coarse)

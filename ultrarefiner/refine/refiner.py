@@ -1,6 +1,6 @@
 """The refiner: a probability map and an image in, a redrawn mask out, differentiable from end to end."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -29,12 +29,12 @@ class PromptableModel(Protocol):
 
     def encode(
         self, image: Float[Tensor, "B 1 size size"], inside: Float[Tensor, "B 1 size size"] | None = None
-    ) -> Float[Tensor, "B C h w"]:
-        """The embedding of images in [0, 1]; `inside`: which pixels are image and not padding, None for all."""
+    ) -> Any:
+        """The embedding of images in [0, 1], for `decode`; `inside`: which pixels are image and not padding."""
 
     def decode(
         self,
-        embedding: Float[Tensor, "B C h w"],
+        embedding: Any,
         points: Float[Tensor, "P N 2"] | None,
         labels: Int[Tensor, "P N"] | None,
         boxes: Float[Tensor, "P 4"] | None,
@@ -97,7 +97,7 @@ class Refiner(nn.Module):
         self.selection_temperature = selection_temperature
         self.gradient = gradient
 
-    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Float[Tensor, "B C h w"]:
+    def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Any:
         """The embedding of what each box shows, taken from the frame at its native detail."""
         if self.gradient == "exact":
             return self._encode(image, boxes)
@@ -105,7 +105,7 @@ class Refiner(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return self._encode(image, boxes.detach())
 
-    def _encode(self, image: Tensor, boxes: Tensor) -> Tensor:
+    def _encode(self, image: Tensor, boxes: Tensor) -> Any:
         sam: PromptableModel = self.sam  # type: ignore[assignment]
         shown = crop(image, boxes, sam.image_size)
         if not self.roi.keeps_aspect:  # then nothing can lie outside

@@ -1,34 +1,28 @@
-"""The two pictures of a run: its curves, and a sheet of cases with what was drawn on them.
+"""The pictures of a run: its curves, a sheet of cases with what was drawn on them, and the same for a single image.
 
-Pure functions from data to a PNG file. They make matplotlib figures directly and touch no global state of it, so they
-may be called from a training loop, from several threads, or where there is no display.
+Pure functions from data to a PNG file or an array. They make matplotlib figures directly and touch no global state of
+it, so they may be called from a training loop, from several threads, or where there is no display.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Num
+from jaxtyping import Bool, Num, UInt8
 
-from ultrarefiner.files import write_atomically
+from ultrarefiner.files import number
+from ultrarefiner.results.drawing import COLOURS, GREEN, GREY, VERMILION, figure, notice, save, style
+from ultrarefiner.results.tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers; see also Wong, Nature Methods 8, 441 (2011).
-GREEN, ORANGE, BLUE, VERMILION, GREY = "#009E73", "#E69F00", "#56B4E9", "#D55E00", "#777777"
-COLOURS = {"truth": GREEN, "coarse": ORANGE, "refined": BLUE, "lr/coarse": ORANGE, "lr/sam": BLUE}
-
-_DPI = 110
 _PANEL, _GAP, _LINE, _MARGIN = 2.2, 0.06, 0.27, 0.36  # inches: a panel's width, between panels, a line of text, left
 
 Series = tuple[list[float], list[float]]
@@ -46,14 +40,22 @@ class Overlay(NamedTuple):
     caption: str
 
 
-def curves(metrics_csv: Path, out: Path, baseline: float | None = None) -> None:
-    """Draw the loss, the validation Dice and the learning rates of a run against the epoch.
+def curves(
+    metrics_csv: Path,
+    out: Path,
+    baseline: float | None = None,
+    best_epoch: int | None = None,
+    freeze_epochs: int = 0,
+) -> None:
+    """Draw the loss, the validation Dice and the learning rates of a run against the epoch; the first epoch is 1.
 
     Args:
-        metrics_csv: as Lightning's CSVLogger writes it: columns epoch, train/loss, val/coarse/dice, val/refined/dice,
-            lr…, with blanks where a row has nothing to say. A panel without data is left out.
+        metrics_csv: as Lightning's CSVLogger writes it: columns epoch (from 0), train/loss, val/loss, val/coarse/dice,
+            val/refined/dice, lr…, with blanks where a row has nothing to say. A panel without data is left out.
         out: the PNG to write.
         baseline: Dice of the coarse network before it was trained end to end, drawn as a horizontal line.
+        best_epoch: whose weights were kept, counted from 0 as in summary.json; -1 for none.
+        freeze_epochs: in how many epochs, from the first, a network did not move.
     """
     columns = _read_columns(Path(metrics_csv))
     dice = {name: columns.get(f"val/{name}/dice") for name in ("coarse", "refined")}
@@ -64,35 +66,62 @@ def curves(metrics_csv: Path, out: Path, baseline: float | None = None) -> None:
     }
     panels = {title: series for title, series in panels.items() if series}
 
-    figure = _figure(max(4.2 * len(panels), 4.2), 3.2, layout="constrained")
+    drawn = figure(max(4.2 * len(panels), 4.2), 3.2, layout="constrained")
     if not panels:
-        return _save(_notice(figure, "no metrics yet"), out)
-    for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        others = cycle((GREY, VERMILION, GREEN))
+        return save(notice(drawn, "no metrics yet"), out)
+    for axes, (title, lines) in zip(np.atleast_1d(drawn.subplots(1, len(panels))), panels.items(), strict=True):
+        others = cycle((GREY, "black", GREEN))
         for name, (epochs, values) in lines.items():
             colour = COLOURS.get(name) or next(others)
             axes.plot(epochs, values, color=colour, label=name, linewidth=1.6, marker="o", markersize=2.5)
         if title == "validation Dice" and baseline is not None and math.isfinite(baseline):
             axes.axhline(baseline, color=VERMILION, linewidth=1.2, linestyle="--", label=f"baseline {baseline:.3f}")
-        _style(axes, title)
+        _mark_epochs(axes, max(max(epochs) for epochs, _ in lines.values()), best_epoch, freeze_epochs)
+        style(axes, title, "epoch")
         if title == "learning rate" and max(max(values) for _, values in lines.values()) > 0:
             axes.set_yscale("log", nonpositive="mask")
-    return _save(figure, out)
+    return save(drawn, out)
 
 
-def overlay_sheet(rows: Sequence[Overlay | tuple], out: Path) -> None:
+def overlay(
+    image: Num[np.ndarray, "H W *rgb"], coarse: Mask | None, refined: Mask | None, truth: Mask | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The image in RGB with the outlines of masks on it, at its own size, in the colours of `COLOURS`.
+
+    The line runs over the outermost pixels of the mask, refined over coarse over truth.
+
+    Args:
+        image: grey (H,W) or RGB (H,W,3); 8 bit, or a float in [0, 1].
+        coarse, refined, truth: masks of its size; None or empty draws nothing.
+    """
+    import cv2
+
+    pixels = image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    canvas = np.ascontiguousarray(np.dstack([pixels] * 3) if pixels.ndim == 2 else pixels.copy())
+    width = max(1, round(math.hypot(*image.shape[:2]) / 600))
+    for name, mask in (("truth", truth), ("coarse", coarse), ("refined", refined)):
+        if mask is not None:
+            outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+            colour = tuple(int(COLOURS[name][k : k + 2], 16) for k in (1, 3, 5))
+            cv2.polylines(canvas, outlines, True, colour, width, cv2.LINE_AA)
+            for dot in (line[0, 0] for line in outlines if len(line) == 1):  # a single pixel, of which no line is made
+                cv2.circle(canvas, [int(at) for at in dot], width, colour, -1, cv2.LINE_AA)
+    return canvas
+
+
+def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: Sequence[str] | None = None) -> None:
     """Draw cases one below the other, each as image | truth | coarse | refined, with contours over the image.
 
-    The truth is drawn thinly under each prediction as well. Rows in the order of `pick_worst_median_best` are labelled
-    worst, median and best. A column that no row has a mask for is left out.
+    The truth is drawn thinly under each prediction as well. A column that no row has a mask for is left out.
 
     Args:
         rows: the cases, see `Overlay`; the caption stands at the right, above the images.
         out: the PNG to write.
+        labels: what each row shows; if not given, worst, median and best, in the order of `pick_worst_median_best`.
     """
     cases = [Overlay(*row) for row in rows]
     if not cases:
-        return _save(_notice(_figure(4.2, 1.0), "no cases"), out)
+        return save(notice(figure(4.2, 1.0), "no cases"), out)
     names = [
         "image",
         "truth",
@@ -101,27 +130,27 @@ def overlay_sheet(rows: Sequence[Overlay | tuple], out: Path) -> None:
     heights = [_PANEL * min(max(c.image.shape[0] / c.image.shape[1], 0.3), 2.0) for c in cases]
     width = _MARGIN + len(names) * (_PANEL + _GAP)
     height = _LINE + sum(heights) + len(cases) * (_LINE + _GAP)
-    figure = _figure(width, height)
+    drawn = figure(width, height)
 
-    def write(x: float, y: float, text: str, **style) -> None:
-        figure.text(x / width, 1 - y / height, _one_line(text), parse_math=False, **style)
+    def write(x: float, y: float, text: str, **look: Any) -> None:
+        drawn.text(x / width, 1 - y / height, one_line(text, 56), parse_math=False, **look)
 
     for column, name in enumerate(names):
         x = _MARGIN + column * (_PANEL + _GAP) + _PANEL / 2
         write(x, _LINE / 2, name, color=COLOURS.get(name, "black"), ha="center", va="center", weight="bold", size=10)
     top = _LINE
-    for case, label, tall in zip(cases, _labels(len(cases)), heights, strict=True):
+    for case, label, tall in zip(cases, labels or rank_labels(len(cases)), heights, strict=True):
         write(_MARGIN, top + _LINE - 0.05, case.title, ha="left", va="bottom", size=8)
         write(width - _GAP, top + _LINE - 0.05, case.caption, ha="right", va="bottom", size=8, color="#444444")
         top += _LINE
         write(_MARGIN / 2, top + tall / 2, label, rotation=90, ha="center", va="center", color=GREY, size=9)
         for column, name in enumerate(names):
             left = _MARGIN + column * (_PANEL + _GAP)
-            axes = figure.add_axes((left / width, 1 - (top + tall) / height, _PANEL / width, tall / height))
+            axes = drawn.add_axes((left / width, 1 - (top + tall) / height, _PANEL / width, tall / height))
             axes.set_axis_off()
             _draw_panel(axes, case, name)
         top += tall + _GAP
-    return _save(figure, out)
+    return save(drawn, out)
 
 
 def pick_worst_median_best(values: Sequence[float], n_each: int) -> list[int]:
@@ -137,33 +166,31 @@ def pick_worst_median_best(values: Sequence[float], n_each: int) -> list[int]:
     return ranked[:n_each] + ranked[middle : middle + n_each] + ranked[-n_each:]
 
 
-def _labels(count: int) -> list[str]:
+def pick_most_harmed(before: Sequence[float], after: Sequence[float], n: int) -> list[int]:
+    """Indices of at most n cases whose value fell, those that fell most first."""
+    change = np.subtract(after, before)
+    return [int(index) for index in np.argsort(change, kind="stable")[:n] if change[index] < 0]
+
+
+def rank_labels(count: int) -> list[str]:
     """What the rows that `pick_worst_median_best` chose are called."""
     outer = (count + 1) // 3
     return ["worst"] * outer + ["median"] * (count - 2 * outer) + ["best"] * outer
 
 
 def _read_columns(path: Path) -> dict[str, Series]:
-    """Of every column with a finite number in it: the epochs and the values, without the blanks."""
+    """Of every column with a finite number in it: the epochs from 1 and the values, without the blanks."""
     columns: dict[str, Series] = {}
     with path.open(newline="") as file:
         for position, row in enumerate(csv.DictReader(file)):
-            epoch = _number(row.get("epoch"))
+            epoch = number(row.get("epoch"))
             for name, text in row.items():
-                value = _number(text)
+                value = number(text)
                 if isinstance(name, str) and name not in ("epoch", "step") and math.isfinite(value):
                     epochs, values = columns.setdefault(name, ([], []))
-                    epochs.append(epoch if math.isfinite(epoch) else position)
+                    epochs.append((epoch if math.isfinite(epoch) else position) + 1)
                     values.append(value)
     return columns
-
-
-def _number(text: object) -> float:
-    """NaN for what is no number, for instance the rest of a line that was cut off."""
-    try:
-        return float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _draw_panel(axes: Axes, case: Overlay, name: str) -> None:
@@ -188,44 +215,13 @@ def _draw_contour(axes: Axes, mask: Mask, colour: str, width: float) -> None:
         axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=width)
 
 
-def _style(axes: Axes, title: str) -> None:
+def _mark_epochs(axes: Axes, last: float, best: int | None, frozen: int) -> None:
+    """The axis of the epochs, from 1 also where there is only one; on it the frozen ones and the best."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("epoch", fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-
-
-def _one_line(text: str, longest: int = 56) -> str:
-    """A name as one line of bounded length: line breaks and tabs become spaces, too much is cut out of the middle."""
-    line = "".join(c if c.isprintable() else " " for c in text).strip()
-    half = longest // 2
-    return line if len(line) <= longest else f"{line[: half - 1]}…{line[-half:]}"
-
-
-def _figure(width: float, height: float, **more) -> Figure:
-    """A figure of a size in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white", **more)
-
-
-def _notice(figure: Figure, text: str) -> Figure:
-    figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
-    return figure
-
-
-def _save(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        # A name in a script that matplotlib's own font lacks shows boxes; that is no reason for alarm.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        FigureCanvasAgg(figure).print_png(picture)
-    write_atomically(Path(out), picture.getvalue())
+    if 0 < frozen < last:
+        axes.axvspan(0.5, frozen + 0.5, color=GREY, alpha=0.15, linewidth=0, label=f"frozen until epoch {frozen}")
+    if best is not None and 0 <= best < last:
+        axes.axvline(best + 1, color=GREY, linewidth=1.2, linestyle=":", label=f"best epoch {best + 1}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, last + 0.5)

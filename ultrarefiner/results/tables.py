@@ -1,21 +1,114 @@
-"""What a finished run looks like on the terminal."""
+"""Tables for people: rows of dicts as text for a terminal, Markdown or LaTeX; see `files.write_csv` for programs.
 
-import json
+What stands in a cell is shown as it is, whatever a file or a setting is called: no markup or command in it works.
+"""
+
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, NamedTuple
 
 from ultrarefiner.data.cases import PARTS
+from ultrarefiner.files import read_json
 
-COLUMNS = (("dice", "Dice", ".4f"), ("iou", "IoU", ".4f"), ("hd95", "HD95 (px)", ".2f"), ("assd", "ASSD (px)", ".2f"))
 FILES = (
     ("cases.csv", "every test case"),
-    ("overlays.png", "worst, median and best cases"),
+    ("overlays.png", "worst, median and best cases, and those harmed most"),
     ("curves.png", "training curves"),
     ("checkpoints", "best and last weights"),
 )
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class Column(NamedTuple):
+    """A column of a table: a key of its rows, what stands above it, and how its numbers are written."""
+
+    key: str
+    header: str
+    style: str = ".4g"
+
+
+COLUMNS = (
+    Column("dice", "Dice", ".4f"),
+    Column("iou", "IoU", ".4f"),
+    Column("hd95", "HD95 (px)", ".2f"),
+    Column("assd", "ASSD (px)", ".2f"),
+)
+
+
+def terminal(rows: Rows, columns: Sequence[Column] | None = None, title: str = "", width: int = 80) -> str:
+    """A table that is at most ``width`` characters wide, without colours.
+
+    Long texts are folded, numbers never: where the columns do not fit beside each other, each row becomes a block of
+    lines.
+
+    Args:
+        rows: the table.
+        columns: which, in which order; all that any row has if not given.
+        title: stands above it.
+        width: of the terminal.
+    """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    headers, cells, numeric = _cells(rows, columns)
+    least = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
+    least = [size if n else min(size, 12) for size, n in zip(least, numeric, strict=True)]
+    beside = sum(least) + 3 * (len(least) - 1) <= width
+    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    table = Table(box=box.SIMPLE_HEAD if beside else None, show_header=beside, show_edge=False, pad_edge=False)
+    if beside:
+        for header, n, size in zip(headers, numeric, least, strict=True):
+            table.add_column(Text(header), justify="right" if n else "left", no_wrap=n, min_width=size, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+    else:
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
+        for row in cells:
+            for header, cell in zip(headers, row, strict=True):
+                table.add_row(Text(header), Text(cell))
+            table.add_row()
+    with console.capture() as text:
+        if title:
+            console.print(Text(one_line(title)))
+        console.print(table)
+    return "\n".join(line.rstrip() for line in text.get().rstrip().split("\n"))
+
+
+def markdown(rows: Rows, columns: Sequence[Column] | None = None) -> str:
+    """A table of GitHub's Markdown."""
+    headers, cells, numeric = _cells(rows, columns)
+    head, *body = ([_MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in (headers, *cells))
+    lines = [head, ["--:" if n else ":--" for n in numeric], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex(rows: Rows, columns: Sequence[Column] | None = None) -> str:
+    """A tabular for LaTeX; needs the package booktabs."""
+    headers, cells, numeric = _cells(rows, columns)
+
+    def line(row: Sequence[str]) -> str:
+        return " & ".join(_LATEX_NUMBER.sub("$-$", _latex(cell)) for cell in row) + r" \\"
+
+    body = [r"\toprule", line(headers), r"\midrule", *map(line, cells), r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", *body, r"\end{tabular}"])
+
+
+def one_line(text: str, longest: int | None = None) -> str:
+    """A text as one line: line breaks and control characters become spaces, too much is cut out of the middle."""
+    line = "".join(c if c.isprintable() else " " for c in text).strip()
+    if longest is None or len(line) <= longest:
+        return line
+    half = longest // 2
+    return f"{line[: half - 1]}…{line[-half:]}"
 
 
 def beginning(title: str, data: dict[str, Any], directory: Path) -> None:
@@ -29,24 +122,72 @@ def beginning(title: str, data: dict[str, Any], directory: Path) -> None:
 
 def summary(directory: Path, finished_before: bool) -> None:
     """Print the table of a run (baseline, coarse, refined on the test cases) and where everything lies."""
-    content: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(directory / "summary.json")
     cases, limit = content["data"]["test"]["cases"], content["config"]["dataset"]["limit"]["test"]
-    console = Console(highlight=False, soft_wrap=True)
     if finished_before:
-        console.print(
-            "This result exists already; nothing was trained. Another seed or setting gets its own directory."
-        )
+        print("This result exists already; nothing was trained. Another seed or setting gets its own directory.")
     subset = "" if limit is None else f" (dataset.limit.test={limit})"
-    table = Table(title=f"{content['title']}: {cases} test cases{subset}", title_justify="left")
-    table.add_column("mask")
-    for _, header, _ in COLUMNS:
-        table.add_column(header, justify="right")
-    scores = {"baseline (Phase 1)": (content["baseline"] or {}).get("test", {}), **content["test"]}
-    for name, values in scores.items():
-        if values:
-            table.add_row(name, *(format(values[key], style) for key, _, style in COLUMNS))
-    console.print(table)
-    console.print(f"{directory}/", markup=False)
+    before = (content["baseline"] or {}).get("test", {})
+    scores = {"coarse (Phase 1)": before.get("coarse"), "refined (Phase 2)": before.get("refined"), **content["test"]}
+    rows = [{"mask": name, **values} for name, values in scores.items() if values]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    title = f"{content['title']}: {cases} test cases{subset}"
+    print(terminal(rows, (Column("mask", "mask"), *COLUMNS), title, width))
+    if content["differences"]:
+        print(terminal(map(_difference, *zip(*content["differences"].items(), strict=True)), width=width))
+    if content["seen"]:
+        count, first = content["seen"]["test_cases"], content["seen"]["first"]
+        print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
+    print(f"{directory}/")
     for name, what in FILES:
         if (directory / name).exists():
-            console.print(f"  {name:<14}{what}", markup=False)
+            print(f"  {name:<14}{what}")
+
+
+def _difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
+    """A paired difference of Dice over the test cases, for people."""
+    return {
+        "Dice, paired": name,
+        "mean [95 %]": "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**change),
+        "p": format(change["p"], ".2g"),
+        "worse by 0.01": format(change["worse"], ".0%"),
+        "better": format(change["better"], ".0%"),
+    }
+
+
+def _cells(rows: Rows, columns: Sequence[Column] | None) -> tuple[list[str], list[list[str]], list[bool]]:
+    """The headers, the cells as text, and which columns hold numbers alone."""
+    rows = list(rows)
+    columns = columns or [Column(name, name) for name in dict.fromkeys(name for row in rows for name in row)]
+    cells = [[_cell(row.get(column.key), column.style) for column in columns] for row in rows]
+    filled = [[row[i] for row in cells if row[i]] for i in range(len(columns))]
+    numeric = [bool(some) and all(map(_NUMBERS.fullmatch, some)) for some in filled]
+    return [one_line(column.header) for column in columns], cells, numeric
+
+
+def _cell(value: Any, style: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return format(value, style) if math.isfinite(value) else "-"
+    return one_line(str(value))
+
+
+_NUMBERS = re.compile(r"[-+±\d.,e%()\[\] ]+")  # also 0.89 ± 0.01 [0.85, 0.92]
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~&$#:!@]|(?<=www)\.")  # markup, entities, mentions and what becomes a link
+_LATEX_NUMBER = re.compile(r"^-(?=[\d.])")
+_LATEX = {c: f"\\{c}" for c in "{}$&#_%"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\symbol{34}",
+    "[": "{[}",  # at the start of a row it would be an argument of the line break before it
+    "*": "{*}",  # so would this
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text)

@@ -1,40 +1,31 @@
 """From the configuration to objects: data, networks, phases."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.dataset import Cases
+from ultrarefiner.data.mask_files import MaskFiles
+from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import Sam
+from ultrarefiner.models.weights import load_strictly, read_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
-
-# Keys of a phase that say where its data and its starting weights come from, and how its epochs are counted; the rest
-# are its class's arguments.
-SOURCES = (
-    "patience",
-    "ema_decay",
-    "failures",
-    "masks_per_image",
-    "softness",
-    "real_ratio",
-    "parts",
-    "coarse",
-    "sam",
-    "coarse_checkpoint",
-    "sam_checkpoint",
-)
+from ultrarefiner.settings import BRIDGE, COARSE, SAM
 
 
 def build(node: Any, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -50,17 +41,20 @@ def build(node: Any, key: str, *args: Any, **kwargs: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
-        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and _of_the_call(cause)):
+        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and not _fits(node, args, kwargs)):
             raise UserError(f"{key}: {node['_target_']} says: {cause}") from error
         raise
 
 
-def _of_the_call(error: TypeError) -> bool:
-    """Whether the arguments did not fit, so that nothing of the called function has run."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and "hydra" in Path(trace.tb_frame.f_code.co_filename).parts
+def _fits(node: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the target takes these arguments; if it does not, nothing of it has run."""
+    target = get_object(node["_target_"])
+    given = {name: value for name, value in {**node, **kwargs}.items() if not name.startswith("_")}
+    try:
+        inspect.signature(target).bind(*args, **given)
+    except TypeError:
+        return False
+    return True
 
 
 def plain(node: Any) -> Any:
@@ -70,33 +64,51 @@ def plain(node: Any) -> Any:
 
 def build_option(cfg: DictConfig, group: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate the chosen option of a group; its `name` is ours, not an argument of its class."""
-    node = {key: value for key, value in plain(cfg[group]).items() if key != "name" and key not in SOURCES}
-    return build(node, group, *args, **kwargs)
+    return build({key: value for key, value in plain(cfg[group]).items() if key != "name"}, group, *args, **kwargs)
 
 
-def build_data(cfg: DictConfig, kind: type[Phase]) -> DataModule:
+def build_store(cfg: DictConfig) -> Store:
+    """The data set, for all runs of a command."""
+    return Store(build(cfg.dataset.reader, "dataset.reader"), Path(cfg.output_root).expanduser() / "cache")
+
+
+def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -> DataModule:
     """The cases of the configured fold, and their loaders."""
     dataset = cfg.dataset
     return DataModule(
-        build(dataset.reader, "dataset.reader"),
-        fold=cfg.fold,
-        folds=dataset.folds,
-        seed=cfg.seed,
+        store or build_store(cfg),
+        **_partition(cfg),
         image_size=cfg.model.image_size,
-        coarse_size=cfg.model.coarse_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
         augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
+        masks=MaskFiles.read(cfg.phase.masks) if kind.simulated and cfg.phase.masks is not None else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
-        cache_dir=Path(cfg.output_root).expanduser() / "cache",
-        limit=dict(dataset.limit),
-        include_normal=dataset.include_normal,
-        test_fraction=dataset.test_fraction,
-        split_seed=dataset.split_seed,
         without=plain(dataset.without),
     )
+
+
+def build_part(cfg: DictConfig, part: str) -> Cases:
+    """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
+    size = cfg.model.coarse_size
+    return DataModule(build_store(cfg), **_partition(cfg), image_size=size, batch_size=1, frame=False).dataset(part)
+
+
+def _partition(cfg: DictConfig) -> dict[str, Any]:
+    """Which cases are in which part, and how large the coarse network sees them."""
+    dataset = cfg.dataset
+    return {
+        "fold": cfg.fold,
+        "folds": dataset.folds,
+        "seed": cfg.seed,
+        "coarse_size": cfg.model.coarse_size,
+        "limit": dict(dataset.limit),
+        "include_normal": dataset.include_normal,
+        "test_fraction": dataset.test_fraction,
+        "split_seed": dataset.split_seed,
+    }
 
 
 def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -> Phase:
@@ -107,17 +119,11 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
         kind: the class of the phase.
         files: publishers' weights in place of the model's own, of "coarse" or "sam".
     """
-    coarse = refiner = gate = None
-    # Each network gets random numbers of its own: what Phase 3 builds must not depend on what was built before.
-    if "model.coarse" in kind.defined_by:
-        pl.seed_everything(cfg.seed, verbose=False)
-        coarse = build_coarse(cfg, files.get("coarse"))
-    if "model.sam" in kind.defined_by:
-        pl.seed_everything(cfg.seed, verbose=False)
-        refiner, gate = build_refiner(cfg, files.get("sam"))
-    extra = {"protection": build_option(cfg, "protection")} if "protection" in kind.defined_by else {}
-    optimizer = build({**plain(cfg.phase.optimizer), "_partial_": True}, "phase.optimizer")
-    phase: Phase = build_option(cfg, "phase", Cascade(coarse, refiner, gate), optimizer=optimizer, **extra)
+    settings = {key: value for key, value in plain(cfg.phase).items() if key not in not_arguments()}
+    settings["optimizer"] = build_optimizer(cfg)
+    if BRIDGE in kind.parts:
+        settings |= {"protection": ProtectionConfig(**plain(cfg.protection)), "_convert_": "object"}  # and it stays one
+    phase: Phase = build(settings, "phase", build_cascade(cfg, kind.parts, files))
     try:
         phase.optimizer(phase.groups())  # its arguments are wrong now or after an hour of earlier phases
     except (TypeError, ValueError) as error:
@@ -126,13 +132,48 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
     return phase
 
 
+def build_optimizer(cfg: DictConfig) -> Any:
+    """Parameter groups → optimiser; arguments that are null are not given."""
+    given = {key: value for key, value in plain(cfg.phase.optimizer).items() if value is not None}
+    return build({**given, "_partial_": True}, "phase.optimizer")
+
+
+def build_cascade(cfg: DictConfig, parts: Collection[str], files: Mapping[str, Path]) -> Cascade:
+    """The networks of some parts; see `build_phase`."""
+    coarse = refiner = gate = None
+    # Each network gets random numbers of its own: what Phase 3 builds must not depend on what was built before.
+    if COARSE in parts:
+        pl.seed_everything(cfg.seed, verbose=False)
+        coarse = build_coarse(cfg, files.get(COARSE))
+    if SAM in parts:
+        pl.seed_everything(cfg.seed, verbose=False)
+        refiner, gate = build_refiner(cfg, files.get(SAM))
+    return Cascade(coarse, refiner, gate)
+
+
 def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     """The coarse network, with the weights of a file where one is given."""
     coarse = build(cfg.model.coarse, "model.coarse")
     weights = file or cfg.model.coarse_weights
     if weights is not None:
-        (coarse.load_npz if str(weights).endswith(".npz") else coarse.load_official)(weights)
+        load_coarse(coarse, Path(weights).expanduser())
+    assert isinstance(coarse, torch.nn.Module)
     return coarse
+
+
+def load_coarse(coarse: torch.nn.Module, path: Path) -> None:
+    """Give a coarse network the weights in a file: in its own way where it has one, else name by name.
+
+    Raises:
+        UserError: the file is unreadable, or not of this network.
+    """
+    way = "load_npz" if path.suffix == ".npz" else "load_official"
+    if hasattr(coarse, way):
+        getattr(coarse, way)(path)
+    elif way == "load_npz":
+        raise UserError(f"model.coarse_weights={path} is for a TransUNet; this coarse network takes a state_dict")
+    else:
+        load_strictly(coarse, read_state_dict(path), str(path))
 
 
 def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn.Module]:
@@ -181,8 +222,11 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
 def load_start(phase: Phase, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Give the networks that an earlier phase trained ("coarse", or "sam" and the gate) the weights it left."""
     cascade = phase.cascade
-    assert cascade.refiner is not None and cascade.coarse is not None and cascade.gate is not None
-    parts = {"coarse": {"cascade.coarse.": cascade.coarse}}
-    parts["sam"] = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
-    for prefix, network in parts[name].items():
+    if name == COARSE:
+        networks = {"cascade.coarse.": cascade.coarse}
+    else:
+        assert cascade.refiner is not None
+        networks = {"cascade.refiner.sam.": cascade.refiner.sam, "cascade.gate.": cascade.gate}
+    for prefix, network in networks.items():
+        assert network is not None
         network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

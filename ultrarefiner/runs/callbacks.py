@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
 import time
 from typing import Any
@@ -87,9 +86,10 @@ class Estimate(Callback):
         epoch = step * float(trainer.num_training_batches)
         whole = epoch * ((trainer.max_epochs or 0) - trainer.current_epoch)
         if whole >= self.long_seconds and trainer.is_global_zero:
+            memory = peak_memory()
             print(
                 f"about {step:.2f} s a step, {duration(epoch)} an epoch, {duration(whole)} to the end, validation not "
-                f"counted; peak memory so far {peak_memory():.1f} GB"
+                f"counted{'' if memory is None else f'; peak memory so far {memory:.1f} GB'}"
             )
 
 
@@ -101,9 +101,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def peak_memory() -> float:
-    """The most memory that this process has held: on the GPU where there is one, else of the machine, GB."""
+def peak_memory() -> float | None:
+    """The most memory that this process has held: on the GPU where there is one, else of the machine, GB.
+
+    None on systems that keep no such account (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -9,12 +9,50 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
+from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load, replacing
+from ultrarefiner.files import load, read_json, replacing
+from ultrarefiner.settings import portable
 
 log = logging.getLogger(__name__)
 
+BUILDS = ("model", "prompt_style", "roi", "gate", "phase", "fold", "seed")
+"""The nodes of the configuration that a checkpoint carries."""
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+def about(settings: dict[str, Any], config: dict[str, Any], seen: Seen) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Args:
+        settings: what defines the result.
+        config: the whole configuration; kept is what its networks can be built from, without this machine's paths.
+        seen: the images that its weights know, and those of all that they started from.
+    """
+    kept = {name: node for name, node in config.items() if name in BUILDS}
+    return {"ultrarefiner": settings, "config": portable(kept), "seen": seen.as_lists()}
+
+
+def said_of(path: Path, content: Any = None) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself, inside or in the file beside it (see `about`); nothing of others.
+
+    Args:
+        path: of the checkpoint.
+        content: what is in it, where it was read already.
+    """
+    beside = path.with_suffix(".json")
+    if beside.is_file():
+        content = read_json(beside)
+    elif content is None:
+        content = load(path) if path.suffix == ".ckpt" else {}
+    known = isinstance(content, dict) and {"ultrarefiner", "config", "seen"} <= set(content)
+    return {name: content[name] for name in ("ultrarefiner", "config", "seen")} if known else {}
+
+
+def best(directory: Path) -> dict[str, Any]:
+    """The checkpoint that a finished run chose."""
+    content: dict[str, Any] = load(directory / "checkpoints" / BEST)
+    return content
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -43,7 +81,8 @@ class SafeCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read without executing anything, whatever `weights_only` says."""
-        return load(path)
+        checkpoint: dict[str, Any] = load(path)
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""

@@ -66,9 +66,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // x.shape[1] * size()
-        mean = _Sum.apply(wide.sum((0, 2, 3))) / count
+        mean: Tensor = _Sum.apply(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
-        variance = _Sum.apply((centred**2).sum((0, 2, 3))) / count
+        variance: Tensor = _Sum.apply((centred**2).sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

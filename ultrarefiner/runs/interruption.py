@@ -14,8 +14,10 @@ from pytorch_lightning.callbacks import Callback
 from ultrarefiner import ranks
 from ultrarefiner.errors import Paused
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Ctrl-C, kill, and what submitit lets SLURM send before a time limit."""
+SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""Ctrl-C, kill, and what submitit lets SLURM send before a time limit (Windows has only the first two)."""
 WORTH_SAVING = 1.0
 """Minutes of training that are saved before an epoch's last step: in the validation after it nothing can be saved."""
 

@@ -168,7 +168,7 @@ def _group(cfg: DictConfig, local_rank: int, local: int) -> Iterator[None]:
             raise UserError(f"trainer.devices={local}, and this machine shows {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, _cores() // local))
     try:
         store, number, count = next(rendezvous("env://", timeout=START_PATIENCE))
     except (dist.DistError, OSError) as error:
@@ -182,6 +182,11 @@ def _group(cfg: DictConfig, local_rank: int, local: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def _cores() -> int:
+    """How many cores this process may use; where the system does not say (macOS, Windows), how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -222,9 +227,10 @@ _LOST = re.compile("gloo|NCCL|Connection (closed|reset)")
 def _first(store: dist.Store, reason: str) -> str:
     """Say why this process ends, unless another one said so before; what the first one said."""
     try:
-        return store.compare_set(REASON, "", reason).decode()
+        first: bytes = store.compare_set(REASON, "", reason)
     except RuntimeError:  # the first process kept the store, and is gone
         return ""
+    return first.decode()
 
 
 def _watch(store: dist.Store, over: threading.Event) -> None:

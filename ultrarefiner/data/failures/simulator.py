@@ -20,12 +20,15 @@ floor: a small core of low confidence, its Dice in the lowest third of that bin,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 
 from ultrarefiner.data.failures.shapes import (
     KINDS,
@@ -80,7 +83,7 @@ class Wanted:
         """Within the bin, and as near to the wanted Dice as the bisection aims or two pixels allow."""
         dice = dice_of(predicted, mask)
         near = abs(dice - self.dice) <= max(self.tolerance, 2 / np.count_nonzero(mask))
-        return near and self.low <= dice <= self.high
+        return bool(near and self.low <= dice <= self.high)
 
 
 class FailureSimulator:
@@ -101,7 +104,7 @@ class FailureSimulator:
         self,
         bins: Sequence[Sequence[float]] = BINS,
         kinds: Mapping[str, float] | None = None,
-        softness: Softness | Mapping[str, float] | None = None,
+        softness: Softness | Mapping[str, Any] | None = None,
         wobble: float = 0.45,
     ) -> None:
         self.bins = _checked_bins(bins)
@@ -111,11 +114,11 @@ class FailureSimulator:
         if not 0 <= self.wobble <= 1:
             raise UserError(f"wobble is {wobble}: give the share of the lost Dice it may take, from 0 to 1.")
 
-    def __call__(self, mask: Bool[np.ndarray, "H W"], seed: int) -> Float[np.ndarray, "H W"]:
+    def __call__(self, mask: NDArray[Any], seed: int) -> Float[np.ndarray, "H W"]:
         """The probability (H, W) float32 in [0, 1] for a mask (H, W) bool; the same for the same seed, everywhere."""
         return self.simulate(mask, seed).prob
 
-    def simulate(self, mask: Bool[np.ndarray, "H W"], seed: int) -> Failure:
+    def simulate(self, mask: NDArray[Any], seed: int) -> Failure:
         """As calling, with the kind, the wanted and the reached Dice and the edge width.
 
         Seeds that follow each other (base, base + 1, …) fill the bins evenly: their low-discrepancy sequence meets the
@@ -130,7 +133,9 @@ class FailureSimulator:
         rng = np.random.Generator(np.random.PCG64(seed))
         if not mask.any():
             width, _, outside = self.softness.draw(rng, 0.85)
-            return Failure(suspect(mask.shape, outside, rng), "none", math.nan, math.nan, width)
+            return Failure(
+                suspect(mask.shape, self._background(mask, outside, rng), rng), "none", math.nan, math.nan, width
+            )
 
         scale = max(mask.shape) / REFERENCE_SIDE
         low, high = self._bin(seed)
@@ -148,8 +153,13 @@ class FailureSimulator:
         width, inside, outside = self.softness.draw(rng, dice)
         if kind == "near_empty":
             inside *= rng.uniform(0.1, 0.4)
-        prob = soften(predicted, mask, width * scale, inside, outside, rng)
+        prob = soften(predicted, mask, width * scale, inside, self._background(mask, outside, rng), rng)
         return Failure(prob, kind, target, dice, width)
+
+    def _background(self, mask: Mask, outside: float, rng: Rng) -> float | Field:
+        """The background's level, or levels where they were measured."""
+        levels = self.softness.background_levels(mask.shape, rng)
+        return outside if levels is None else levels
 
     def _bin(self, seed: int) -> tuple[float, float]:
         quantile = (seed * 0x9E3779B97F4A7C15 % 2**64) / 2**64  # Weyl sequence of the golden ratio
@@ -195,6 +205,31 @@ class FailureSimulator:
         return _by_pixels(mask, lesion.level, wanted, rng)
 
 
+def fit_bins(pairs: Iterable[tuple[Float[np.ndarray, "H W"], Bool[np.ndarray, "H W"]]]) -> list[list[float]]:
+    """Bins of equal weight that follow the Dice distribution of real predictions.
+
+    Their edges are the deciles, kept a little apart and away from 0 (a simulated mask never misses all of a lesion) and
+    from 1 (none is perfect).
+
+    Args:
+        pairs: (probability (H, W) in [0, 1], mask (H, W) bool) of out-of-fold images; empty masks are passed over.
+
+    Raises:
+        UserError: fewer than ten pairs have a lesion.
+    """
+    dice = [dice_of(prob >= 0.5, mask) for prob, mask in pairs if mask.any()]
+    if len(dice) < 10:
+        raise UserError(
+            f"The bins cannot be fitted to {len(dice)} predictions of lesions: give at least 10 out-of-fold "
+            "predictions, or use bins of your own."
+        )
+    edges = np.quantile(dice, np.linspace(0, 1, 11))
+    apart = 0.005 * np.arange(11)
+    edges = np.maximum.accumulate(np.maximum(edges, 0.02) - apart) + apart
+    edges = np.minimum(edges, 0.99 - apart[::-1])
+    return [[float(low), float(high), 0.1] for low, high in pairwise(edges)]
+
+
 def _measure(mask: Mask) -> Lesion:
     area = np.count_nonzero(mask)
     contours, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -238,7 +273,7 @@ def _draw_dice(rng: Rng, low: float, high: float, lesion: Lesion, scale: float, 
     small = _ramp((30 - lesion.radius / scale) / 18)
     quantile = rng.random() ** (1 + 0.4 * small + 0.4 * (1 - lesion.compactness))
     clear = 2 * Wanted(low, high, low).tolerance
-    return low + clear + (high - low - 2 * clear) * quantile
+    return float(low + clear + (high - low - 2 * clear) * quantile)
 
 
 def _bisect(
@@ -250,7 +285,7 @@ def _bisect(
 
     def excess(amplitude: float) -> float:
         predicted = predict(amplitude)
-        return 2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted.dice
+        return float(2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted.dice)
 
     if top <= 0 or (below := excess(top)) > 0:
         return top
@@ -292,7 +327,7 @@ def _by_pixels(mask: Mask, level: Field, wanted: Wanted, rng: Rng) -> Mask:
     order = np.abs(level) + rng.random(mask.shape, dtype=np.float32)
     order[mask == (count > 0)] = np.inf
     changed = np.argsort(order, axis=None)[: abs(count)]
-    predicted = mask.copy()
+    predicted: Mask = mask.copy()
     predicted.flat[changed] = count > 0
     return predicted
 
@@ -335,6 +370,6 @@ def _checked_kinds(kinds: Mapping[str, float] | None) -> dict[str, float]:
 _DEFAULT = FailureSimulator()
 
 
-def simulate_failure(mask: Bool[np.ndarray, "H W"], seed: int) -> Float[np.ndarray, "H W"]:
+def simulate_failure(mask: NDArray[Any], seed: int) -> Float[np.ndarray, "H W"]:
     """The default simulator's probability (H, W) float32 in [0, 1] for a lesion mask (H, W) bool and a seed >= 0."""
     return _DEFAULT(mask, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +15,9 @@ from ultrarefiner.data.failures.shapes import Field, Mask, Rng, bounding_window,
 from ultrarefiner.errors import UserError
 
 REFERENCE_SIDE = 224  # px; edge widths and lesion sizes are meant for an image of this side
+QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 1)
+"""Of an image's background, at which its logit is kept: the last few are its faint spots."""
+_IMAGES = 64  # whose background is kept
 SIGMOID_10_90 = 2 * math.log(9)  # a sigmoid of distance/w rises from 0.1 to 0.9 over this many w
 
 
@@ -32,6 +36,8 @@ class Softness:
         inside: median logit at which the lesion's confidence levels off.
         outside: median of −logit at which the background's does.
         level_spread: standard deviation of the logarithm of both levels.
+        background: of some images each, the logit of the background far from the lesion at `QUANTILES`, all below 0;
+            one of them is drawn in place of ``outside``, so that faint spots are as many and as faint as a network's.
     """
 
     width: float = 4.0
@@ -40,8 +46,11 @@ class Softness:
     inside: float = 4.5
     outside: float = 7.0
     level_spread: float = 0.2
+    background: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if any(len(row) != len(QUANTILES) or list(row) != sorted(row) or not row[-1] < 0 for row in self.background):
+            raise UserError(f"softness.background needs rows of {len(QUANTILES)} ascending logits below 0.")
         for name in ("width", "inside", "outside"):
             if not getattr(self, name) > 0:
                 raise UserError(f"softness.{name} is {getattr(self, name)}: give a number above 0.")
@@ -57,6 +66,18 @@ class Softness:
             self.inside * math.exp(self.level_spread * inside),
             self.outside * math.exp(self.level_spread * outside),
         )
+
+    def background_levels(self, shape: tuple[int, int], rng: Rng) -> Field | None:
+        """−logit of the background (H, W), above 0: the values of one image in smooth patches; None without any."""
+        if not self.background:
+            return None
+        row = self.background[int(rng.integers(len(self.background)))]
+        height, width = shape
+        field = coarse_field(rng, (1 + width // 4, 1 + height // 4), max(shape) / 36)
+        rank = np.empty(field.size)
+        rank[np.argsort(field, axis=None)] = np.linspace(0, 1, field.size)
+        levels = -np.interp(rank, QUANTILES, row).astype(np.float32).reshape(field.shape)
+        return cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
 
     @classmethod
     def fit(cls, pairs: Iterable[tuple[Float[np.ndarray, "H W"], Bool[np.ndarray, "H W"]]]) -> Softness:
@@ -75,7 +96,7 @@ class Softness:
                 f"Softness cannot be fitted to {len(measured)} predictions with an edge: give at least 10 out-of-fold "
                 "predictions, or use the default softness."
             )
-        width, inside, outside, dice = np.array(measured, dtype=np.float64).T
+        width, inside, outside, dice = np.array([one[:4] for one in measured], dtype=np.float64).T
         lost, log_width = 0.85 - dice, np.log(width)
         trend = float(np.polyfit(lost, log_width, 1)[0]) if np.ptp(lost) > 0.05 else 0.0
         rest = log_width - trend * lost
@@ -87,18 +108,31 @@ class Softness:
             inside=float(np.median(inside)),
             outside=float(np.median(outside)),
             level_spread=_spread(levels),
+            background=_some([one.background for one in measured if one.background]),
         )
 
 
-def measure_softness(
-    prob: Float[np.ndarray, "H W"], mask: Bool[np.ndarray, "H W"]
-) -> tuple[float, float, float, float] | None:
-    """One prediction's (edge width in px of a 224 image, inside level, outside level, Dice); None without an edge.
+class Measured(NamedTuple):
+    """What one prediction shows of a network's softness."""
+
+    width: float
+    """Of the edge, px of a 224 image."""
+    inside: float
+    outside: float
+    """Levels, logits above 0."""
+    dice: float
+    background: tuple[float, ...]
+    """Logits at `QUANTILES`; empty where nothing is far from the lesion."""
+
+
+def measure_softness(prob: Float[np.ndarray, "H W"], mask: Bool[np.ndarray, "H W"]) -> Measured | None:
+    """What one prediction shows; None without an edge.
 
     The width follows from the logit's slope across the 0.5 level set (10 to 90 % is 2·ln 9 over the slope), the median
     over the edge; the levels are the medians of |logit| further than two widths from the edge, or the largest there is.
+    The background is what lies so far from the edge and is neither lesion nor predicted.
     """
-    prob = np.clip(np.asarray(prob, dtype=np.float32), 1e-6, 1 - 1e-6)
+    prob = np.clip(np.asarray(prob, dtype=np.float32), 1e-7, 1 - 1e-7)
     predicted, mask = prob >= 0.5, np.asarray(mask, dtype=bool)
     if predicted.all() or not predicted.any() or mask.all() or not mask.any():
         return None
@@ -110,10 +144,13 @@ def measure_softness(
         return None
     width = SIGMOID_10_90 / slope
     levels = [_level(sign * logit, sign * distance > 2 * width) for sign in (1, -1)]
-    return width * REFERENCE_SIDE / max(prob.shape), levels[0], levels[1], dice_of(predicted, mask)
+    far = logit[(distance < -2 * width) & ~mask]
+    background = np.minimum(np.quantile(far, QUANTILES), -0.05).tolist() if far.size else ()
+    width *= REFERENCE_SIDE / max(prob.shape)
+    return Measured(width, levels[0], levels[1], dice_of(predicted, mask), tuple(background))
 
 
-def soften(predicted: Mask, mask: Mask, width: float, inside: float, outside: float, rng: Rng) -> Field:
+def soften(predicted: Mask, mask: Mask, width: float, inside: float, outside: float | Field, rng: Rng) -> Field:
     """Makes a prediction soft as a network's is, its 0.5 level set staying where it is.
 
     The logit is the signed distance over w, levelled off at `inside` and −`outside`. Networks are less sure where they
@@ -123,29 +160,33 @@ def soften(predicted: Mask, mask: Mask, width: float, inside: float, outside: fl
     Args:
         predicted, mask: (H, W) bool, the prediction (not empty) and the truth.
         width: px, over which the edge rises from 0.1 to 0.9; w = width/(2·ln 9).
-        inside, outside: logits, positive.
+        inside, outside: logits, positive; outside one for each pixel where they were measured (faint spots and all).
 
     Returns:
         (H, W) float32 in (0, 1), at least 0.5 exactly where `predicted` is true.
     """
     w = width / SIGMOID_10_90
-    window = bounding_window(predicted | mask, math.ceil(outside * w) + 2)
+    levels = np.broadcast_to(np.float32(outside), predicted.shape)
+    window = bounding_window(predicted | mask, math.ceil(float(np.max(outside)) * w) + 2)
     certainty = _certainty(predicted[window] ^ mask[window], math.sqrt(np.count_nonzero(mask) / math.pi), rng)
-    logit = np.full(predicted.shape, -outside, np.float32)
+    logit = -levels
     distance = signed_distance(predicted[window])
     distance *= np.float32(1 / w)
-    logit[window] = np.clip(distance, -outside * certainty, inside * certainty)
-    logit *= _confidence(rng, predicted.shape)
+    logit[window] = np.clip(distance, -levels[window] * certainty, inside * certainty)
+    confidence = _confidence(rng, predicted.shape)
+    if isinstance(outside, np.ndarray):
+        confidence[logit < 0] = 1
+    logit *= confidence
     return _sigmoid(logit)
 
 
-def suspect(shape: tuple[int, int], outside: float, rng: Rng) -> Field:
+def suspect(shape: tuple[int, int], outside: float | Field, rng: Rng) -> Field:
     """What a network gives where there is no lesion: (H, W) float32 below 0.5, half of the time with a faint spot."""
-    logit = np.full(shape, -outside, np.float32)
+    logit = -np.broadcast_to(np.float32(outside), shape)
     if rng.random() < 0.5:
         y, x = np.ogrid[: shape[0], : shape[1]]
         cx, cy, size = rng.uniform(0, shape[1]), rng.uniform(0, shape[0]), max(shape) * rng.uniform(0.03, 0.1)
-        logit += np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * size**2)) * (outside - rng.uniform(0.3, 3.0))
+        logit += np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * size**2)) * (np.median(outside) - rng.uniform(0.3, 3.0))
     logit *= _confidence(rng, shape)
     return _sigmoid(logit)
 
@@ -158,7 +199,8 @@ def _certainty(wrong: Mask, radius: float, rng: Rng) -> Field:
     spread *= rng.random(spread.shape, dtype=np.float32)
     cv2.GaussianBlur(spread, (0, 0), 0.5 * radius / coarse, dst=spread)
     spread *= np.float32(rng.uniform(0.6, 1.8))
-    return cv2.resize(np.maximum(1 - spread, np.float32(0.1)), (width, height), interpolation=cv2.INTER_LINEAR)
+    certainty = np.maximum(1 - spread, np.float32(0.1))
+    return np.asarray(cv2.resize(certainty, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _confidence(rng: Rng, shape: tuple[int, int]) -> Field:
@@ -167,34 +209,43 @@ def _confidence(rng: Rng, shape: tuple[int, int]) -> Field:
     field = coarse_field(rng, (1 + width // 4, 1 + height // 4), max(shape) / 36)
     blotch = np.clip((field - np.float32(rng.uniform(0.9, 2.2))) * np.float32(0.5), 0, np.float32(0.8))
     factor = np.maximum(1 + np.float32(0.1) * field, np.float32(0.5)) * (1 - blotch)
-    return cv2.resize(factor, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(factor, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _sigmoid(logit: Field) -> Field:
     np.negative(logit, out=logit)
     cv2.exp(logit, dst=logit)
     logit += 1
-    return np.reciprocal(logit, out=logit)
+    return np.asarray(np.reciprocal(logit, out=logit))
 
 
-def checked_softness(softness: Softness | Mapping[str, float] | None) -> Softness:
+def checked_softness(softness: Softness | Mapping[str, Any] | None) -> Softness:
     if softness is None or isinstance(softness, Softness):
         return softness or Softness()
     known = [field.name for field in fields(Softness)]
     for name in softness:
         if name not in known:
             raise UserError(f"softness has the key {name!r}: choose among {', '.join(known)}.")
-    return Softness(**{name: float(value) for name, value in softness.items()})
+    values: dict[str, Any] = {name: float(value) for name, value in softness.items() if name != "background"}
+    rows = tuple(tuple(float(value) for value in row) for row in softness.get("background", ()))
+    return Softness(**values, background=rows)
 
 
 def dice_of(predicted: Mask, mask: Mask) -> float:
     """Dice in [0, 1] of two masks that are not both empty."""
     both = np.count_nonzero(predicted & mask)
-    return 2 * both / (np.count_nonzero(predicted) + np.count_nonzero(mask))
+    return float(2 * both / (np.count_nonzero(predicted) + np.count_nonzero(mask)))
 
 
 def _level(logit: Field, far: Mask) -> float:
     return max(float(np.median(logit[far]) if far.any() else logit.max()), 0.01)
+
+
+def _some(rows: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    """At most `_IMAGES` rows that stand for all: evenly from those with the cleanest background to those with spots."""
+    rows = sorted(rows, key=lambda row: float(np.mean(np.exp(row))))
+    places = np.linspace(0, len(rows) - 1, min(len(rows), _IMAGES)).round().astype(int)
+    return tuple(rows[place] for place in places)
 
 
 def _spread(values: Float[np.ndarray, " n"]) -> float:

@@ -1,0 +1,174 @@
+"""Which runs an experiment needs, and in which order.
+
+A phase starts from what earlier phases left, and Phase 2 may want the predictions of networks that have not seen the
+case. `plan` lists all of these runs, each with what follows from its configuration derived once: its settings, its data
+and its directory. What then happens is a loop over that list (`runs.experiment`).
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ultrarefiner.config import Config
+from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.predictions import Predictions
+from ultrarefiner.data.store import Store
+from ultrarefiner.errors import UserError
+from ultrarefiner.phases.phase import Phase
+from ultrarefiner.runs.build import build_data, build_store
+from ultrarefiner.runs.provenance import run_directory
+from ultrarefiner.settings import COARSE, SAM, defining
+
+FIT = "fit"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a plan.
+
+    Attributes:
+        cfg: its configuration, with what it does not use taken out and what the machine decides put in.
+        kind: the class of its phase.
+        data: its cases.
+        settings: what defines its result.
+        directory: where it lies.
+        earlier: the runs whose best weights it starts from, by what they trained ("coarse", "sam").
+        predictors: networks that were trained without one part of its training cases each, and predict that one.
+    """
+
+    cfg: DictConfig
+    kind: type[Phase]
+    data: DataModule
+    settings: dict[str, Any]
+    directory: Path
+    earlier: dict[str, "Run"] = field(default_factory=dict)
+    predictors: tuple["Run", ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.directory / "summary.json").is_file()
+
+    @property
+    def title(self) -> str:
+        """What it is called for people."""
+        cfg = self.cfg
+        title = f"{cfg.phase.name} · {cfg.dataset.name} · {cfg.model.name} · fold {cfg.fold} · seed {cfg.seed}"
+        if cfg.dataset.without is not None:
+            title += " · without part {} of {}".format(*cfg.dataset.without)
+        return title
+
+    @property
+    def predictions(self) -> Predictions:
+        """The predictors' predictions of its training cases."""
+        return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio)
+
+    def unpredicted(self, predictor: "Run") -> list[int]:
+        """The positions of a predictor's held-out cases that it has not predicted yet."""
+        held = predictor.data.split.held
+        return [i for i, case in enumerate(held) if not self.predictions.path(case).is_file()]
+
+
+def plan(cfg: DictConfig) -> list[Run]:
+    """All runs of an experiment, each after those that it builds on; the last one is the experiment itself.
+
+    Raises:
+        UserError: the data set, the fold or a file of weights cannot be used, or settings contradict each other.
+    """
+    found: dict[Path, Run] = {}
+    _add(cfg, build_store(cfg), found)
+    return list(found.values())
+
+
+def unfinished(runs: list[Run]) -> list[Run]:
+    """Those runs of a plan that are still to be done for the last one, in order."""
+    wanted: dict[Path, Run] = {}
+
+    def want(run: Run) -> None:
+        if run.directory in wanted or run.finished:
+            return
+        for earlier in run.earlier.values():
+            want(earlier)
+        for predictor in run.predictors:
+            if run.unpredicted(predictor):
+                want(predictor)
+        wanted[run.directory] = run
+
+    want(runs[-1])
+    return list(wanted.values())
+
+
+def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
+    cfg = _settled(cfg)
+    kind: type[Phase] = get_class(cfg.phase._target_)
+    predicted = _wants_predictions(cfg.phase)
+    data = build_data(cfg, kind, store)
+    parts = kind.parts | ({COARSE} if predicted else set())
+    settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
+    directory = run_directory(cfg, settings)
+    if directory not in found:
+        earlier = {name: _add(earlier_phase(cfg, name), store, found) for name in _starts(cfg.phase)}
+        predictors = tuple(_add(part, store, found) for part in (_parts(cfg) if predicted else ()))
+        found[directory] = Run(cfg, kind, data, settings, directory, earlier, predictors)
+    return found[directory]
+
+
+def earlier_phase(cfg: DictConfig, name: str) -> DictConfig:
+    """The same experiment with an earlier phase in place of this one."""
+    earlier = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    with open_dict(earlier):
+        earlier.phase = earlier.phase[name]
+    assert isinstance(earlier, DictConfig)
+    return earlier
+
+
+def _starts(phase: DictConfig) -> Iterator[str]:
+    """The earlier phases whose runs a phase starts from: those that no checkpoint was given for."""
+    yield from (name for name in (COARSE, SAM) if phase.get(f"{name}_checkpoint", "") is None)
+
+
+def _parts(cfg: DictConfig) -> Iterator[DictConfig]:
+    """Phase 1 without each of the parts of the training cases."""
+    for part in range(cfg.phase.parts):
+        earlier = earlier_phase(cfg, COARSE)
+        with open_dict(earlier):
+            earlier.dataset.without = [part, cfg.phase.parts]
+        yield earlier
+
+
+def _wants_predictions(phase: DictConfig) -> bool:
+    """Whether a phase's configuration asks for out-of-fold predictions of Phase 1 (only Phase 2's can)."""
+    return bool(wants_fit(phase) or phase.get("real_ratio", 0) > 0)
+
+
+def wants_fit(phase: DictConfig) -> bool:
+    """Whether simulated masks are to be like Phase 1's out-of-fold predictions."""
+    return FIT in (phase.get("softness"), phase.get("bins"))
+
+
+def _settled(cfg: DictConfig) -> DictConfig:
+    """The configuration without what the phase does not use, which must not define its result, and with the precision.
+
+    Raises:
+        UserError: settings contradict each other.
+    """
+    cfg = copy.deepcopy(cfg)
+    if cfg.trainer.precision == "auto":
+        gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
+        raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    node = cfg.phase.get("sam", cfg.phase)
+    if "softness" in node:
+        for name in ("softness", "bins"):
+            if node[name] == FIT and node.failures.get(name) is not None:
+                raise UserError(f"phase.{name}={FIT} and phase.failures.{name} contradict each other; give one of them")
+        with open_dict(cfg):
+            node.coarse = cfg.phase.coarse if _wants_predictions(node) else None
+    return cfg

@@ -1,0 +1,175 @@
+"""What the schema knows of each setting beside its type: its range, and what it means for a result.
+
+Imports neither torch nor anything that does.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from ultrarefiner.errors import UserError
+from ultrarefiner.files import folder_sha256, sha256
+
+COARSE, SAM, BRIDGE = "coarse", "sam", "bridge"
+"""What a phase may train: the coarse network, SAM, and the way between them on which gradients come back."""
+PARTS = frozenset({COARSE, SAM, BRIDGE})
+WEIGHT_FILES = frozenset({"coarse_weights", "checkpoint", "coarse_checkpoint", "sam_checkpoint"})
+"""Keys that hold the path of a file of weights: its content defines a result, not its name."""
+FOLDERS = re.compile(r"phase\.(\w+\.)*masks")
+"""Keys that hold the path of a folder: the contents of its files define a result."""
+NAMES_OF_WEIGHTS = (None, "pretrained", "auto", "shipped")
+"""What may stand in the place of such a path, and says by itself which weights are meant."""
+PLACES = frozenset({"root"})
+"""Keys that say where data lie."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a setting; see `setting`."""
+
+    of: frozenset[str] = PARTS
+    fits: bool = False
+    result: bool = True
+    argument: bool = True
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    one_of: tuple[str | None, ...] = ()
+
+    def refusal(self, value: Any) -> str | None:
+        """What the value must be instead, or None if it may be what it is."""
+        if self.one_of and value not in self.one_of:
+            return "one of " + ", ".join("null" if word is None else word for word in self.one_of)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        allowed = (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+        return None if allowed else self._range()
+
+    def _range(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {self.at_least:g} and {self.at_most:g}"
+        words = {"{:g} or more": self.at_least, "more than {:g}": self.above}
+        words |= {"at most {:g}": self.at_most, "less than {:g}": self.below}
+        return " and ".join(text.format(bound) for text, bound in words.items() if bound is not None) or "finite"
+
+
+def setting(default: Any = MISSING, of: tuple[str, ...] | None = None, **about: Any) -> Any:
+    """A field of the schema.
+
+    Args:
+        default: its value; a function that makes one for lists, dictionaries and nested settings.
+        of: the parts whose training it takes part in (all if not given); in a phase without them it means nothing.
+        about: `fits`: a checkpoint of these parts fits only where the setting is the same.
+            `result`: False for what changes no result: where files lie, how the machine is used.
+            `argument`: of a phase: False for what is not an argument of its class, but says where its data and starting
+            weights come from or how its epochs are counted.
+            `at_least`, `above`, `at_most`, `below`: the range of a number. `one_of`: the values that a text may have.
+    """
+    known = About(PARTS if of is None else frozenset(of), **about)
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"about": known})
+
+
+def about(one: "Field[Any]") -> About:
+    """What is known of a field."""
+    known: About = one.metadata.get("about", About())
+    return known
+
+
+def check(cfg: DictConfig, prefix: str = "") -> None:
+    """Compare every setting of a composed configuration with its range.
+
+    Raises:
+        UserError: the first that is outside, with what it may be.
+    """
+    schema = OmegaConf.get_type(cfg)
+    known = {one.name: about(one) for one in fields(schema)} if is_dataclass(schema) else {}
+    for name in map(str, cfg):
+        key = f"{prefix}{name}"
+        if OmegaConf.is_missing(cfg, name):
+            continue
+        value = cfg[name]
+        if isinstance(value, DictConfig):
+            check(value, f"{key}.")
+        elif wanted := known.get(name, About()).refusal(value):
+            raise UserError(f"{key} must be {wanted}, got {'null' if value is None else value}")
+
+
+def defining(cfg: Any, parts: frozenset[str], schema: type) -> dict[str, Any]:
+    """Everything that defines the result of training some parts, by dotted key, and nothing that does not.
+
+    Args:
+        cfg: the composed configuration.
+        parts: what is trained.
+        schema: its dataclass.
+
+    Raises:
+        UserError: a file of weights that is not there.
+    """
+    leaves = _leaves(cfg, schema)
+    return {key: _portable(_plain(value), key) for key, known, value in leaves if known.result and known.of & parts}
+
+
+def fitting(cfg: Any, part: str, schema: type) -> dict[str, Any]:
+    """What a checkpoint of a part must have been trained with to fit, by dotted key.
+
+    Where its first weights came from says nothing about that.
+    """
+    leaves = _leaves(cfg, schema)
+    return {key: _without_files(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
+
+
+def _leaves(cfg: Any, schema: type, prefix: str = "") -> Iterator[tuple[str, About, Any]]:
+    """Each setting of the schema; those of a nested schema one by one where nothing is said of it as a whole."""
+    for one in fields(schema):
+        key, value = f"{prefix}{one.name}", cfg[one.name]
+        if is_dataclass(one.type) and "about" not in one.metadata:
+            yield from _leaves(value, cast(type, one.type), f"{key}.")
+        else:
+            yield key, about(one), value
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _portable(value: Any, key: str) -> Any:
+    """The value with the contents of weight files in place of their paths, and without places of data."""
+    if isinstance(value, dict):
+        return {name: _portable(inner, f"{key}.{name}") for name, inner in value.items() if name not in PLACES}
+    if FOLDERS.fullmatch(key) and value is not None:
+        return f"sha256:{folder_sha256(Path(value).expanduser())}"
+    if key.rpartition(".")[2] not in WEIGHT_FILES or value in NAMES_OF_WEIGHTS:
+        return value
+    try:
+        return f"sha256:{sha256(Path(value).expanduser())}"
+    except OSError as error:
+        raise UserError(f"{key}={value} cannot be read ({error.strerror}); give the path of a weights file") from error
+
+
+def portable(value: Any) -> Any:
+    """Plain settings without the paths of this machine: weights that stood in a file are null, data lie nowhere."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: None if name in WEIGHT_FILES and inner not in NAMES_OF_WEIGHTS else portable(inner)
+        for name, inner in value.items()
+        if name not in PLACES
+    }
+
+
+def _without_files(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_files(inner) for name, inner in value.items() if name not in WEIGHT_FILES}
