@@ -119,7 +119,8 @@ class Outcome:
         chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.rank_labels(len(picked)), strict=True)]
         if rows and {"coarse_dice", "refined_dice"} <= set(rows[0]):
             before, after = ([row[f"{mask}_dice"] for row in rows] for mask in MASKS)
-            chosen += [(rows[i]["index"], "harmed most") for i in pictures.pick_most_harmed(before, after, 2)]
+            harmed = [i for i in pictures.pick_most_harmed(before, after, 2) if i not in picked]
+            chosen += [(rows[i]["index"], "harmed most") for i in harmed]
         return chosen
 
 
