@@ -26,9 +26,9 @@ platform.libc_ver = lambda *args, **kwargs: ("", "")
 
 
 def system():
-    # PyTorch asks which libraries of its own to load, and they are Linux's.
+    # PyTorch asks which libraries of its own to load, Lightning which signals may be handled: they are Linux's.
     asks = sys._getframe(1).f_globals["__name__"].partition(".")[0]
-    return "SYSTEM" if asks in ("ultrarefiner", "pytorch_lightning", "lightning_fabric", "submitit") else real()
+    return "SYSTEM" if asks in ("ultrarefiner", "submitit") else real()
 
 
 platform.system = system
