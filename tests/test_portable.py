@@ -20,14 +20,17 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "alarm", "setitimer", "p
     delattr(signal, name)
 for name in ("sched_getaffinity", "fork", "forkpty", "getpgid", "killpg"):
     delattr(os, name)
+signal.valid_signals = lambda: {signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 multiprocessing.set_start_method("spawn")
 real = platform.system
 platform.libc_ver = lambda *args, **kwargs: ("", "")
 
 
 def system():
-    # PyTorch asks which libraries of its own to load, Lightning which signals may be handled: they are Linux's.
+    # PyTorch asks which libraries of its own to load, and they are Linux's; Lightning which signals there are.
     asks = sys._getframe(1).f_globals["__name__"].partition(".")[0]
+    if asks in ("pytorch_lightning", "lightning_fabric"):
+        return "Windows"
     return "SYSTEM" if asks in ("ultrarefiner", "submitit") else real()
 
 
