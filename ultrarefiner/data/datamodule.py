@@ -1,6 +1,7 @@
 """The data of one fold, for Lightning: split, cache and loaders."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +39,8 @@ class DataModule(pl.LightningDataModule):
         num_workers: processes of each loader; the batches do not depend on it.
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
-        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part,
+            and all of them in the others.
         masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
@@ -184,7 +186,9 @@ class DataModule(pl.LightningDataModule):
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, several = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        predictions, several = self.predictions, self.masks_per_image
+        if part != "train":
+            predictions, several = predictions and replace(predictions, ratio=1.0), 1
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
         cases = self.split.part(part)
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)

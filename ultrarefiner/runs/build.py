@@ -81,13 +81,17 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
         image_size=cfg.model.image_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
-        augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
+        augment=build(dataset.augment, "dataset.augment") if _augments(cfg) else None,
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
         masks=MaskFiles.read(cfg.phase.masks) if kind.simulated and cfg.phase.masks is not None else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
         without=plain(dataset.without),
     )
+
+
+def _augments(cfg: DictConfig) -> bool:
+    return cfg.dataset.augment is not None and cfg.phase.augment
 
 
 def build_part(cfg: DictConfig, part: str) -> Cases:
@@ -208,7 +212,7 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
     """
     obstacles = {
         "a crop follows the coarse mask and is never met again; set roi=off": not isinstance(roi, FullFrame),
-        "an augmented image is never met again; set dataset.augment=null": cfg.dataset.augment is not None,
+        "an augmented image is never met again; set phase.augment=false": _augments(cfg),
         "the image encoder is trained; set model.train.image_encoder=false and model.lora.rank=0": any(
             p.requires_grad for p in sam.image_encoder.parameters()
         ),
