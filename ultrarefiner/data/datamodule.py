@@ -1,8 +1,9 @@
 """The data of one fold, for Lightning: split, cache and loaders."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import cv2
@@ -211,7 +212,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=collate,
             drop_last=shuffle and len(sampler) > batch_size,  # a single short batch is better than none
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
         )
 
     @cached_property
@@ -240,7 +241,11 @@ class DataModule(pl.LightningDataModule):
         return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(parent: int, _: int) -> None:
+    # PyTorch's own watch takes whoever is the parent now: a worker whose process was killed while this one was starting
+    # would wait for ever. (There are no parents on Windows, and no such trouble.)
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(1)
     cv2.setNumThreads(0)  # a worker is one of many: OpenCV would start a thread for each core in each of them
 
 

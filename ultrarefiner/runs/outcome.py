@@ -1,6 +1,5 @@
 """What a run leaves behind beside its checkpoints: networks to use elsewhere, tables, pictures and a summary."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
-from ultrarefiner.files import save, write_atomically, write_csv
+from ultrarefiner.files import save, write_csv, write_json
 from ultrarefiner.models.lora import merge_lora
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import pictures, statistics
@@ -59,7 +58,7 @@ class Outcome:
 
     def finish(self) -> None:
         """Write the summary, the last of all: a directory with a summary is a finished run."""
-        write_atomically(self.run.directory / "summary.json", json.dumps(self.summary, indent=2).encode())
+        write_json(self.run.directory / "summary.json", self.summary)
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -96,7 +95,9 @@ class Outcome:
         """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
-        baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
+        baseline = (
+            {name: scores["dice"] for name, scores in self.summary["baseline"]["val"].items()} if self.baseline else {}
+        )
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}
@@ -136,7 +137,7 @@ def _save_networks(phase: Phase, folder: Path) -> None:
     for name, state in states.items():
         if state is not None:
             save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")
-            write_atomically(folder / f"best_{name}.json", json.dumps(phase.carried, indent=2).encode())
+            write_json(folder / f"best_{name}.json", phase.carried)
 
 
 def _cases(run: Run, rows: Rows, baseline: Rows | None) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import read_csv, write_csv
+from ultrarefiner.files import number, read_csv, write_csv
 from ultrarefiner.results import statistics, tables
 from ultrarefiner.runs import jobs
 
@@ -182,7 +182,7 @@ def summarise(found: Sequence[Job]) -> list[Row]:
         for mask in MASKS:
             scores = [job.scores("test")[mask] for job in runs.values() if mask in job.scores("test")]
             for metric in METRICS if scores else ():
-                mean, sd = statistics.mean_sd([values[metric] for values in scores])
+                mean, sd = statistics.mean_sd([number(values[metric]) for values in scores])
                 measured = [row for row in cases if row.get(f"{mask}_{metric}")]
                 over = statistics.over_cases(measured, f"{mask}_{metric}")
                 rows.append(
