@@ -180,6 +180,14 @@ def terciles(rows: Iterable[Row], column: str = "lesion_px") -> dict[str, list[R
     return found
 
 
+def breakdowns(rows: Iterable[Row], columns: Iterable[str]) -> dict[str, dict[str, list[Row]]]:
+    """column → group → its rows: "size" (`terciles`), and each of some columns that tells at least two groups apart."""
+    rows = list(rows)
+    found = {"size": terciles(rows) if rows and "lesion_px" in rows[0] else {}}
+    found |= {column: groups(rows, column) for column in columns}
+    return {column: some for column, some in found.items() if len(some) > 1}
+
+
 def _by_patient(cases: Sequence[Value]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The sum of the values of each patient, and how many there are."""
     position = {patient: i for i, patient in enumerate(dict.fromkeys(case.patient for case in cases))}

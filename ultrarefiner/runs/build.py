@@ -78,6 +78,8 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
     return DataModule(
         store or build_store(cfg),
         **_partition(cfg),
+        seed=cfg.seed,
+        coarse_size=cfg.model.coarse_size,
         image_size=cfg.model.image_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
@@ -92,18 +94,21 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
 
 def build_part(cfg: DictConfig, part: str) -> Cases:
     """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
-    size = cfg.model.coarse_size
-    return DataModule(build_store(cfg), **_partition(cfg), image_size=size, batch_size=1, frame=False).dataset(part)
+    return build_fold(cfg, cfg.model.coarse_size, cfg.seed).dataset(part)
+
+
+def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:
+    """The configured fold without a phase that would use it, with frames of one size (px)."""
+    sizes = {"coarse_size": size, "image_size": size}
+    return DataModule(build_store(cfg), **_partition(cfg), **sizes, seed=seed, batch_size=1, frame=False)
 
 
 def _partition(cfg: DictConfig) -> dict[str, Any]:
-    """Which cases are in which part, and how large the coarse network sees them."""
+    """Which cases are in which part."""
     dataset = cfg.dataset
     return {
         "fold": cfg.fold,
         "folds": dataset.folds,
-        "seed": cfg.seed,
-        "coarse_size": cfg.model.coarse_size,
         "limit": dict(dataset.limit),
         "include_normal": dataset.include_normal,
         "test_fraction": dataset.test_fraction,
