@@ -77,4 +77,4 @@ class ToolMasks:
                 f"{self.paths[case.key]} has {values.shape[1]} × {values.shape[0]} px, "
                 f"its image {shape[1]} × {shape[0]}"
             )
-        return values / np.float32(self.largest)
+        return np.asarray(values / np.float32(self.largest))

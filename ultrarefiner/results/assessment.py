@@ -88,9 +88,8 @@ class Assessment:
                 raise UserError(f"output={self.folder} holds something else: give a new folder")
             write_atomically(path, f"{json.dumps(self.settings)}\n".encode())
             return {}
-        first, *lines = path.read_bytes().split(b"\n")
-        if json.loads(first) != self.settings:
-            before = json.loads(first)
+        before, records, whole = read_lines(path)
+        if before != self.settings:
             keys = sorted(
                 key for key in before.keys() | self.settings.keys() if before.get(key) != self.settings.get(key)
             )
@@ -98,10 +97,10 @@ class Assessment:
                 f"output={self.folder} holds an evaluation with another {', '.join(keys)}: give another folder, or "
                 "delete that one"
             )
-        records = [json.loads(line) for line in lines[:-1]]  # what stands behind the last line break was cut off
-        if lines[-1]:
-            write_atomically(path, b"\n".join([first, *lines[:-1], b""]))
-        return {(record["row"]["dataset"], record["row"]["id"]): record for record in records}
+        if not whole:
+            lines = (json.dumps(line) for line in (before, *records.values()))
+            write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+        return records
 
     def has(self, case: Case, mark: str = "") -> bool:
         """Whether a case was measured already, with the same ``mark`` (of the file its mask was read from, say)."""
@@ -111,7 +110,7 @@ class Assessment:
         self, case: Case, image: UInt8[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"], drawn: Drawn, mark: str = ""
     ) -> None:
         """Measure a case and keep it."""
-        record = {
+        record: Record = {
             "mark": mark,
             "size": [image.shape[1], image.shape[0]],
             "row": self._row(case, truth, drawn),
@@ -196,6 +195,20 @@ class Assessment:
         pictures.overlay_sheet(sheet, self.folder / "overlays.png", labels)
 
 
+def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Record], bool]:
+    """The settings and the records in cases.jsonl, and whether its last line was written whole.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines[:-1]]
+        return json.loads(first), {(r["row"]["dataset"], r["row"]["id"]): r for r in records}, not lines[-1]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder, and evaluate again") from error
+
+
 def calibrations(records: Sequence[Record]) -> dict[str, Calibration]:
     """Of each mask with probabilities, over the pixels of all cases."""
     counted: dict[str, Reliability] = {}
@@ -236,7 +249,7 @@ def summarise(
             "over": {
                 key.removeprefix(f"{name}_"): statistics.over_cases(with_lesion, key)._asdict() for key in measured
             },
-            "lesions": lesions.summarise(_lesions(row, name) for row in rows),
+            "lesions": lesions.summarise(lesions_of(row, name) for row in rows),
             "calibration": reliabilities[name]._asdict() if name in reliabilities else None,
         }
     by = statistics.breakdowns(with_lesion, columns)
@@ -245,7 +258,11 @@ def summarise(
         "patients": len({(row["dataset"], row["patient"] or row["id"]) for row in rows}),
         "columns": list(columns),
         "masks": masks,
-        "differences": {f"{name} - coarse": gain(rows, name)._asdict() for name in names if name != "coarse"},
+        "differences": {
+            f"{name} - coarse": statistics.change(rows, "coarse_dice", f"{name}_dice")._asdict()
+            for name in names
+            if name != "coarse"
+        },
         "by": {
             column: {
                 group: {name: statistics.over_cases(some, f"{name}_dice")._asdict() for name in names}
@@ -254,14 +271,6 @@ def summarise(
             for column, found in by.items()
         },
     }
-
-
-def gain(
-    rows: Sequence[Mapping[str, Any]], mask: str, metric: str = "dice", before: str = "coarse"
-) -> statistics.Paired:
-    """What a mask's metric changed against the coarse mask's."""
-    values = (statistics.values(rows, f"{name}_{metric}") for name in (before, mask))
-    return statistics.paired(*values, higher_is_better=not metric.startswith(("hd95", "assd")))
 
 
 def as_markdown(content: Mapping[str, Any]) -> str:
@@ -328,6 +337,7 @@ def _spacing(case: Case, text: str | None) -> float | None:
     return value
 
 
-def _lesions(row: Mapping[str, Any], mask: str) -> lesions.Lesions:
+def lesions_of(row: Mapping[str, Any], mask: str) -> lesions.Lesions:
+    """The lesions of a case, from its row."""
     dice = tuple(float(text) for text in str(row[f"lesions_{mask}_dice"]).split())
     return lesions.Lesions(dice, int(row[f"lesions_{mask}_false"]))

@@ -99,8 +99,15 @@ def build_part(cfg: DictConfig, part: str) -> Cases:
 
 def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:
     """The configured fold without a phase that would use it, with frames of one size (px)."""
-    sizes = {"coarse_size": size, "image_size": size}
-    return DataModule(build_store(cfg), **_partition(cfg), **sizes, seed=seed, batch_size=1, frame=False)
+    return DataModule(
+        build_store(cfg),
+        **_partition(cfg),
+        coarse_size=size,
+        image_size=size,
+        seed=seed,
+        batch_size=1,
+        frame=False,
+    )
 
 
 def _partition(cfg: DictConfig) -> dict[str, Any]:
