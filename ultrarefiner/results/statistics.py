@@ -165,7 +165,7 @@ def paired(
 
 
 def change(rows: Iterable[Row], before: str, after: str) -> Paired:
-    """`paired` of two columns of the same rows, such as "coarse_dice" and "refined_dice"; the margin of distances is 1."""
+    """`paired` of two columns of the same rows, such as "coarse_dice" and "refined_dice"; a distance's margin is 1."""
     rows = list(rows)
     distance = "_hd95" in after or "_assd" in after
     margin = 1.0 if distance else MARGIN
