@@ -107,7 +107,7 @@ class ModelConfig:
     """Side of the coarse network's input and output, px."""
     frame: str = setting("pad", result=False, one_of=("pad", "stretch"))
     """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
-    coarse: dict[str, Any] = setting(of=(COARSE,), fits=True)
+    coarse: dict[str, Any] | None = setting(of=(COARSE,), fits=True)  # null: masks in files take its place
     coarse_weights: str | None = setting(None, of=(COARSE,))
     """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
     sam: dict[str, Any] = setting(of=(SAM,), fits=True)
@@ -238,8 +238,8 @@ class SamPhaseConfig(PhaseConfig):
     """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
     cases and batch_size·masks_per_image masks."""
     masks: str | None = setting(None, argument=False)
-    """A folder of coarse masks with their table (`ultrarefiner.simulate` writes such); null simulates new ones in every
-    epoch."""
+    """A folder of coarse masks, of `ultrarefiner.simulate` or of any other tool, see `data.mask_files`; null simulates
+    new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
     bins: str | None = setting(None, argument=False, one_of=(None, "fit"))

@@ -108,8 +108,14 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     cfg = _settled(cfg)
     kind: type[Phase] = get_class(cfg.phase._target_)
     predicted = _wants_predictions(cfg.phase)
-    data = build_data(cfg, kind, store)
     parts = kind.parts | ({COARSE} if predicted else set())
+    if COARSE in parts and cfg.model.coarse is None:
+        raise UserError(
+            f"phase={cfg.phase.name}{' with phase.softness, bins or real_ratio' if predicted else ''} trains a coarse "
+            "network, and no gradient reaches another tool's masks (model/coarse=files); train phase=sam with "
+            "phase.masks=FOLDER, or choose a network such as model/coarse=lite"
+        )
+    data = build_data(cfg, kind, store)
     settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
     directory = run_directory(cfg, settings)
     if directory not in found:
