@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import Cases
-from ultrarefiner.data.mask_files import MaskFiles
+from ultrarefiner.data.mask_files import MaskFiles, read_masks
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
@@ -85,11 +85,20 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
         num_workers=cfg.trainer.num_workers,
         augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
-        masks=MaskFiles.read(cfg.phase.masks) if kind.simulated and cfg.phase.masks is not None else None,
+        masks=_masks(cfg) if kind.simulated else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
         without=plain(dataset.without),
     )
+
+
+def _masks(cfg: DictConfig) -> MaskFiles | None:
+    alone = cfg.model.coarse is None
+    if cfg.phase.masks is not None:
+        return read_masks(cfg.phase.masks, complete=alone)
+    if alone:
+        raise UserError("model/coarse=files needs phase.masks=FOLDER, with a mask of each case by another tool")
+    return None
 
 
 def build_part(cfg: DictConfig, part: str) -> Cases:
