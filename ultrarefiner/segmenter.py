@@ -90,10 +90,7 @@ class Segmenter:
         """
         if path is None:
             raise UserError("no trained pair ships with this version yet; give the path of a run or of a checkpoint")
-        path = Path(path).expanduser()
-        file = path / "checkpoints" / BEST if path.is_dir() else path
-        if path.is_dir() and not file.is_file():
-            raise UserError(f"{path} is not the directory of a run: it holds no checkpoints/{BEST}")
+        file = checkpoint_file(path)
         content = load(file)
         if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
             raise UserError(f"{file} does not say how its networks are built; give a run's {BEST}, or its directory")
@@ -232,6 +229,19 @@ class Segmenter:
     def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
         prob = map_to_square(mask.astype(np.float32), self.coarse_size)
         return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file of a checkpoint, which may be given as the directory of its run.
+
+    Raises:
+        UserError: a directory without one.
+    """
+    path = Path(path).expanduser()
+    file = path / "checkpoints" / BEST if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"{path} is not the directory of a run: it holds no checkpoints/{BEST}")
+    return file
 
 
 def fastest_device() -> str:

@@ -89,7 +89,7 @@ class Found:
     others: int
 
 
-def find_scans(images: str | Path, without: Path) -> Found:
+def find_scans(images: str | Path | None, without: Path) -> Found:
     """The images of a folder and of all below it, or a single file; only their headers are read.
 
     Args:
@@ -99,9 +99,11 @@ def find_scans(images: str | Path, without: Path) -> Found:
     Raises:
         UserError: there is no such folder or file, or no image in it.
     """
-    root = Path(images).expanduser()
-    if not root.exists():
+    root = None if images is None else Path(images).expanduser()
+    if root is None or not root.exists():
         raise UserError(f"images={images} does not exist: give a folder of images, or one image.")
+    if root.resolve() == without.resolve():
+        raise UserError(f"images={images} is the output as well: give another folder for the results.")
     problems: list[str] = []
     paths = [root] if root.is_file() else list(_walk(root, without.resolve(), problems))
     root = root.parent if root.is_file() else root

@@ -1,7 +1,6 @@
 """What is measured of lesions: how many there are, how large, and where."""
 
 import math
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -50,7 +49,7 @@ def measure(mask: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> dict[str, 
     }
 
 
-def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int = 0) -> dict[str, Any]:
+def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int = 0) -> dict[str, str]:
     """`measure` in px and in mm, as the cells of a table: "longest_px", "longest_mm", …; blank where it is not known.
 
     Args:
@@ -64,8 +63,8 @@ def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int
         in_px = in_px | {"area": float(area)}
         in_mm = in_mm | {"area": area * math.prod(spacing)} if spacing else in_mm
     names = {name: (f"{name}_px2" if name == "area" else f"{name}_px") for name in _NOTHING}
-    cells: dict[str, Any] = {names[name]: _rounded(value) for name, value in in_px.items()}
-    return cells | {names[name].replace("px", "mm"): _rounded(value) for name, value in in_mm.items()}
+    cells: dict[str, str] = {names[name]: _cell(value) for name, value in in_px.items()}
+    return cells | {names[name].replace("px", "mm"): _cell(value) for name, value in in_mm.items()}
 
 
 def outline(mask: Mask) -> Float[np.ndarray, "n 2"]:
@@ -98,5 +97,5 @@ def diameters(hull: Float[np.ndarray, "n 2"]) -> tuple[float, float]:
 _NOTHING = dict.fromkeys(("area", "longest", "perpendicular", "centre_x", "centre_y", "x1", "y1", "x2", "y2"), math.nan)
 
 
-def _rounded(value: float) -> float:
-    return value if math.isnan(value) else round(value, 3)
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{round(value, 3):.12g}"

@@ -16,7 +16,7 @@ Mask = Bool[np.ndarray, "H W"]
 NO_LESION = "the coarse mask is empty"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Safety:
     """Which redrawn masks are rejected; None switches a rule off.
 
