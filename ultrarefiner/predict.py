@@ -4,7 +4,8 @@ Whatever needs torch is imported where it is used, so that `--help`, `--cfg job`
 """
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +32,7 @@ Values
   checkpoint=PATH        the directory of a run, or one of its checkpoints
   masks=PATH             coarse masks with the names of their images, in place of the coarse network's
   lesions=together       each: redraw each lesion of an image by itself
-  tta=[flips,scales]     mean over mirrored and zoomed views; null for none
+  tta=[flips,scales]     mean over mirrored and zoomed views, or one of them; none by default
   spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
   batch_size=1, device=auto
@@ -48,7 +49,7 @@ class PredictConfig:
     checkpoint: str | None = None
     masks: str | None = None
     lesions: str = setting("together", one_of=("together", "each"))
-    tta: list[str] | None = None
+    tta: Any = None
     spacing: list[float] | None = None
     extras: list[str] = field(default_factory=lambda: ["probabilities", "overlays"])
     batch_size: int = setting(1, at_least=1)
@@ -75,11 +76,12 @@ def _predict(cfg: DictConfig) -> None:
 
     from ultrarefiner.segmenter import Segmenter, checkpoint_file
 
-    options = {"safety": OmegaConf.to_object(cfg.safety), "lesions": cfg.lesions, "tta": list(cfg.tta or ())}
+    plain: Any = OmegaConf.to_container(cfg)
+    options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
     weights = "shipped" if cfg.checkpoint is None else sha256(checkpoint_file(cfg.checkpoint))
-    settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks", **options}
-    settings |= {"safety": asdict(segmenter.safety), "spacing": cfg.spacing and list(cfg.spacing)}
+    settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks"}
+    settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
     with alone_in(output):
         results = Predictions(output, settings, cfg.spacing, cfg.extras)
         with progress(sum(scan.frames for scan in found.scans)) as step:
@@ -93,6 +95,7 @@ def _predict(cfg: DictConfig) -> None:
 def main() -> None:
     """Console script `ultrarefiner-predict`."""
     ConfigStore.instance().store(name="schema_predict", node=PredictConfig)
+    cli.quote_paths("images", "output", "checkpoint", "masks")
     cli.launch(_predict, "predict", help_text)
 
 

@@ -57,7 +57,7 @@ class Segmenter:
         device: "cpu", "cuda", "mps", …; "auto" takes the fastest that is there.
         safety: which redrawn masks are rejected; `Safety.none()` takes them all.
         lesions: "together" redraws all lesions of an image in one pass; "each" redraws each by itself.
-        tta: of "flips" and "scales": what the image is also shown as; the probabilities are averaged.
+        tta: "flips", "scales" or both: how the image is shown as well; the probabilities are averaged.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Segmenter:
         device: str = "auto",
         safety: Safety | None = None,
         lesions: str = "together",
-        tta: Sequence[str] = (),
+        tta: str | Sequence[str] | None = None,
     ) -> None:
         if lesions not in ("together", "each"):
             raise UserError(f"lesions must be one of together, each, got {lesions}")

@@ -99,8 +99,10 @@ def find_scans(images: str | Path | None, without: Path) -> Found:
     Raises:
         UserError: there is no such folder or file, or no image in it.
     """
-    root = None if images is None else Path(images).expanduser()
-    if root is None or not root.exists():
+    if images is None:
+        raise UserError("images=PATH is needed: a folder of images, or one image.")
+    root = Path(images).expanduser()
+    if not root.exists():
         raise UserError(f"images={images} does not exist: give a folder of images, or one image.")
     if root.resolve() == without.resolve():
         raise UserError(f"images={images} is the output as well: give another folder for the results.")

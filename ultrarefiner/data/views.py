@@ -52,15 +52,17 @@ VIEWS = {"flips": (View(mirror=True),), "scales": (View(zoom=0.8), View(zoom=1.2
 """What is shown beside the image itself."""
 
 
-def views(names: Sequence[str]) -> list[View]:
-    """The image itself, and the views of some names.
+def views(names: str | Sequence[str] | None) -> list[View]:
+    """The image itself, and the views of one name or of several; none for None and "none".
 
     Raises:
         UserError: a name that there is not.
     """
+    names = [names] if isinstance(names, str) else names or []
+    names = [name for name in names if name != "none"]
     for name in names:
         if name not in VIEWS:
-            raise UserError(f"tta={name} is not there; choose of {', '.join(VIEWS)}, or none")
+            raise UserError(f"tta={name} is not there; choose one or several of {', '.join(VIEWS)}, or none")
     return [View(), *(view for name in dict.fromkeys(names) for view in VIEWS[name])]
 
 

@@ -5,16 +5,16 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float
 
+MEASURES = ("area", "longest", "perpendicular", "centre_x", "centre_y", "x1", "y1", "x2", "y2")
+
 Mask = Bool[np.ndarray, "H W"]
-EIGHT = np.ones((3, 3), int)
-"""Pixels that touch by a corner are one lesion."""
 
 
 def separate(mask: Mask) -> list[Mask]:
     """The lesions of a mask, the largest first; pixels that touch by a corner are one lesion."""
     from scipy.ndimage import label
 
-    labels, count = label(mask, EIGHT)
+    labels, count = label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     return [labels == number + 1 for number in np.argsort(-areas, kind="stable")]
 
@@ -36,17 +36,10 @@ def measure(mask: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> dict[str, 
     down, across = spacing
     rows, columns = np.nonzero(mask)
     longest, perpendicular = diameters(outline(mask) * (across, down))
-    return {
-        "area": len(rows) * down * across,
-        "longest": longest,
-        "perpendicular": perpendicular,
-        "centre_x": (float(columns.mean()) + 0.5) * across,
-        "centre_y": (float(rows.mean()) + 0.5) * down,
-        "x1": float(columns.min()) * across,
-        "y1": float(rows.min()) * down,
-        "x2": float(columns.max() + 1) * across,
-        "y2": float(rows.max() + 1) * down,
-    }
+    centre = (columns.mean() + 0.5, rows.mean() + 0.5)
+    places = np.array([centre, (columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)]) * (across, down)
+    values = (len(rows) * down * across, longest, perpendicular, *places.ravel().tolist())
+    return dict(zip(MEASURES, values, strict=True))
 
 
 def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int = 0) -> dict[str, str]:
@@ -57,14 +50,14 @@ def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int
         spacing: (row, column) in mm, where it is known.
         area: of all lesions, px, in place of this one's.
     """
-    in_px = _NOTHING if lesion is None else measure(lesion)
-    in_mm = _NOTHING if lesion is None or spacing is None else measure(lesion, spacing)
-    if area and lesion is not None:
-        in_px = in_px | {"area": float(area)}
-        in_mm = in_mm | {"area": area * math.prod(spacing)} if spacing else in_mm
-    names = {name: (f"{name}_px2" if name == "area" else f"{name}_px") for name in _NOTHING}
-    cells: dict[str, str] = {names[name]: _cell(value) for name, value in in_px.items()}
-    return cells | {names[name].replace("px", "mm"): _cell(value) for name, value in in_mm.items()}
+    cells = {}
+    for unit, pixel in (("px", (1.0, 1.0)), ("mm", spacing)):
+        values = {} if lesion is None or pixel is None else measure(lesion, pixel)
+        if values and pixel and area:
+            values["area"] = area * math.prod(pixel)
+        for name in MEASURES:
+            cells[f"{name}_{unit}{'2' * (name == 'area')}"] = f"{round(values[name], 3):.12g}" if values else ""
+    return cells
 
 
 def outline(mask: Mask) -> Float[np.ndarray, "n 2"]:
@@ -92,10 +85,3 @@ def diameters(hull: Float[np.ndarray, "n 2"]) -> tuple[float, float]:
         chain = chain[np.lexsort((sign * aside[chain], along[chain]))]
         widths += sign * np.interp(along, along[chain], aside[chain])
     return longest, float(widths.max())
-
-
-_NOTHING = dict.fromkeys(("area", "longest", "perpendicular", "centre_x", "centre_y", "x1", "y1", "x2", "y2"), math.nan)
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{round(value, 3):.12g}"
