@@ -60,6 +60,8 @@ class Scan:
         Raises:
             UserError: the file is damaged.
         """
+        if not indices:  # to pydicom that means all of them
+            return
         with decoding(self.path, _ADVICE):
             if dicom.is_dicom(self.path):
                 header = dicom.read_header(self.path)
@@ -239,8 +241,10 @@ def _count_frames(path: Path) -> int:
 
 
 def _is_image(path: Path) -> bool:
-    try:
-        return path.suffix.lower() in SUFFIXES or (path.name.upper() != "DICOMDIR" and dicom.is_dicom(path))
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:  # a pipe, too, is in no hurry to be read
+        return path.is_file() and path.name.upper() != "DICOMDIR" and dicom.is_dicom(path)
     except OSError:  # not readable, and by its name no image
         return False
 
