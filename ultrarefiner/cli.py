@@ -86,6 +86,18 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         sys.exit(f"error: {explain(error)}")
 
 
+def quote_paths(*keys: str) -> None:
+    """Let the paths on the command line, those of some keys, hold what Hydra's grammar gives a meaning: ( , = space."""
+    if {"-m", "--multirun"} & set(sys.argv):  # there a comma is a sweep
+        return
+    for place, argument in enumerate(sys.argv[1:], 1):
+        key, sign, value = argument.partition("=")
+        if key in keys and sign and value not in ("", "null") and value[0] not in "'\"":
+            # Hydra reads a backslash as one, except before a quote.
+            escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+            sys.argv[place] = f"{key}='{escaped}'"
+
+
 def explain(error: BaseException) -> str:
     """The error of a user, of Hydra or of OmegaConf as one sentence that names the key and says what to do."""
     if isinstance(error, UserError):
