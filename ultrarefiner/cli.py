@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config, settings
+from ultrarefiner import config, config_after, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -52,6 +52,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         print(help_text())
         return
     config.register()
+    config_after.register()
     Plugins.instance().register(ExperimentsPath)
     # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -83,6 +84,18 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         sys.exit(128 + (ended or [signal.SIGINT])[0])
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
+
+
+def quote_paths(*keys: str) -> None:
+    """Let the paths on the command line, those of some keys, hold what Hydra's grammar gives a meaning: ( , = space."""
+    if {"-m", "--multirun"} & set(sys.argv):  # there a comma is a sweep
+        return
+    for place, argument in enumerate(sys.argv[1:], 1):
+        key, sign, value = argument.partition("=")
+        if key in keys and sign and value not in ("", "null") and value[0] not in "'\"":
+            # Hydra reads a backslash as one, except before a quote.
+            escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+            sys.argv[place] = f"{key}='{escaped}'"
 
 
 def explain(error: BaseException) -> str:

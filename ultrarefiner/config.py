@@ -3,8 +3,7 @@
 A field says all that is known of a setting: its type, its default, which values it may have, and what it means for a
 result (see `setting`). The YAML options of a group extend its schema. Parts that are built by `_target_` and that a
 user may replace with a class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the
-arguments of that class, and one that the class does not take is refused when it is built, before anything is trained.
-Imports neither torch nor anything that does: `--help` and completion must be quick."""
+arguments of that class, and one that it does not take is refused when it is built. Imports nothing that is slow."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -107,9 +106,9 @@ class ModelConfig:
     """Side of the coarse network's input and output, px."""
     frame: str = setting("pad", result=False, one_of=("pad", "stretch"))
     """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
-    coarse: dict[str, Any] = setting(of=(COARSE,), fits=True)
+    coarse: dict[str, Any] | None = setting(of=(COARSE,), fits=True)  # null: masks in files take its place
     coarse_weights: str | None = setting(None, of=(COARSE,))
-    """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
+    """Weights to start Phase 1 from: Google's .npz (auto fetches it), or a state_dict."""
     sam: dict[str, Any] = setting(of=(SAM,), fits=True)
     train: TrainedParts = setting(TrainedParts, of=(SAM,))
     lora: LoraConfig = setting(LoraConfig, of=(SAM,), fits=True)
@@ -240,8 +239,8 @@ class SamPhaseConfig(PhaseConfig):
     """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
     cases and batch_size·masks_per_image masks."""
     masks: str | None = setting(None, argument=False)
-    """A folder of coarse masks with their table (`ultrarefiner.simulate` writes such); null simulates new ones in every
-    epoch."""
+    """A folder of coarse masks, of `ultrarefiner.simulate` or of any other tool, see `data.mask_files`; null simulates
+    new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
     bins: str | None = setting(None, argument=False, one_of=(None, "fit"))
@@ -357,6 +356,7 @@ class PrepareConfig:
     model: ModelConfig = MISSING
     data_root: str | None = None
     output_root: str = "outputs"
+    weights: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
 from ultrarefiner.data.index import Index
-from ultrarefiner.data.mask_files import MaskFiles
+from ultrarefiner.data.mask_files import MaskFiles, NamedMasks
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.seen import Seen, marks_of
 from ultrarefiner.data.store import Store
@@ -129,7 +129,12 @@ class DataModule(pl.LightningDataModule):
         if leaks:
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
         if self.masks is not None:
-            self.masks.check(split, self.coarse_size)
+            sizes = {case.key: (entry.width, entry.height) for case, entry in zip(cases, index.entries, strict=True)}
+            self.masks.check(split, self.coarse_size, sizes)
+            if isinstance(self.masks, NamedMasks) and ranks.rank() == 0:
+                truth = self._source.coarse.mask
+                place = self._source.positions
+                self.masks.warn({part: {c.key: truth(place[c.key]) for c in split.part(part)} for part in PARTS[:2]})
         return split
 
     def marks(self, part: str) -> list[str]:
@@ -190,8 +195,8 @@ class DataModule(pl.LightningDataModule):
         predictions, several = self.predictions, self.masks_per_image
         if part != "train":
             predictions, several = predictions and replace(predictions, ratio=1.0), 1
+        cases = self.split.part(part)  # it also finds the masks
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
-        cases = self.split.part(part)
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
 
     def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:

@@ -222,6 +222,10 @@ class Decoder(nn.Module):
         return x
 
 
+RELEASES_OF = {"R50-ViT-B_16": "r50_vit_b16"}
+"""Which of `weights.RELEASES` a row of CONFIGS starts from."""
+
+
 class TransUNet(nn.Module):
     """The whole network for square images of one size.
 

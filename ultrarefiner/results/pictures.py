@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Num, UInt8
+from jaxtyping import Bool, Num, UInt8, UInt16
 
 from ultrarefiner.files import number
 from ultrarefiner.results.drawing import COLOURS, GREEN, GREY, figure, notice, save, style
@@ -110,6 +110,15 @@ def overlay(
             for dot in (line[0, 0] for line in outlines if len(line) == 1):  # a single pixel, of which no line is made
                 cv2.circle(canvas, [int(at) for at in dot], width, colour, -1, cv2.LINE_AA)
     return canvas
+
+
+def png(pixels: UInt8[np.ndarray, "H W *rgb"] | UInt16[np.ndarray, "H W"]) -> bytes:
+    """A picture, grey or RGB, as the content of a PNG file."""
+    import cv2
+
+    done, content = cv2.imencode(".png", pixels[..., ::-1] if pixels.ndim == 3 else pixels)
+    assert done
+    return content.tobytes()
 
 
 def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: Sequence[str] | None = None) -> None:

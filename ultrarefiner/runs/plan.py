@@ -6,7 +6,7 @@ and its directory. What then happens is a loop over that list (`runs.experiment`
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
+from ultrarefiner.models.transunet import RELEASES_OF
+from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs.build import build_data, build_store
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
 
-FIT = "fit"
+FIT, AUTO = "fit", "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +118,15 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     cfg = _settled(cfg)
     kind: type[Phase] = get_class(cfg.phase._target_)
     predicted = _wants_predictions(cfg.phase)
-    data = build_data(cfg, kind, store)
     parts = kind.parts | ({COARSE} if predicted else set())
+    if COARSE in parts and cfg.model.coarse is None:
+        raise UserError(
+            f"phase={cfg.phase.name}{' with phase.softness, bins or real_ratio' if predicted else ''} trains a coarse "
+            "network, and no gradient reaches another tool's masks (model/coarse=files); train phase=sam with "
+            "phase.masks=FOLDER, or choose a network such as model/coarse=lite"
+        )
+    _fetch(cfg, parts)
+    data = build_data(cfg, kind, store)
     settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
     directory = run_directory(cfg, settings)
     if directory not in found:
@@ -125,6 +134,20 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
         predictors = tuple(_add(part, store, found) for part in (_parts(cfg) if predicted else ()))
         found[directory] = Run(cfg, kind, data, settings, directory, earlier, predictors)
     return found[directory]
+
+
+def _fetch(cfg: DictConfig, parts: Collection[str]) -> None:
+    """Put the publishers' files in the place of `auto`: their contents define a run, as those of any other file."""
+    model, sam = cfg.model, cfg.model.sam
+    if COARSE in parts and model.coarse_weights == AUTO:
+        name = RELEASES_OF.get(model.coarse.get("name"))
+        if name is None:
+            raise UserError(
+                "model.coarse_weights=auto: no file is known for this network; give a path, or leave it null"
+            )
+        model.coarse_weights = str(fetch(name))
+    if SAM in parts and sam.get("checkpoint") == AUTO and sam.get("family") in RELEASES and not sam.get("random_init"):
+        sam.checkpoint = str(fetch(sam.family))
 
 
 def earlier_phase(cfg: DictConfig, name: str) -> DictConfig:
