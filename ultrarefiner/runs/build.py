@@ -182,8 +182,30 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     weights = file or cfg.model.coarse_weights
     if weights is not None:
         load_coarse(coarse, Path(weights).expanduser())
+    _try(coarse, cfg.model.coarse_size, cfg.model.coarse["_target_"])
     assert isinstance(coarse, torch.nn.Module)
     return coarse
+
+
+@torch.no_grad()
+def _try(coarse: torch.nn.Module, size: int, target: str) -> None:
+    """Show a coarse network one image: what is wrong with it must come out before anything is trained.
+
+    Raises:
+        UserError: it refuses the image, or does not give finite logits of two classes at the image's size.
+    """
+    training, image = coarse.training, torch.linspace(0, 1, size * size).view(1, 1, size, size)
+    try:
+        logits = coarse.eval()(image)
+        found, wanted = tuple(getattr(logits, "shape", [type(logits).__name__])), (1, 2, size, size)
+        if found != wanted:
+            raise UserError(f"model.coarse: {target} gives {found} for an image of {size} px, not {wanted}")
+        if not logits.isfinite().all():
+            raise UserError(f"model.coarse: {target} gives NaN or infinite logits; other weights, or another network")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.coarse: {target} refuses an image of (1, 1, {size}, {size}): {reason}") from error
+    coarse.train(training)
 
 
 def load_coarse(coarse: torch.nn.Module, path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves behind beside its checkpoints: networks to use elsewhere, tables, pictures and a summary."""
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.files import save, write_csv, write_json
 from ultrarefiner.models.lora import merge_lora
+from ultrarefiner.models.weights import SAFETENSORS, write_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import pictures, statistics
 from ultrarefiner.results.evaluation import MASKS, Rows, native_masks
@@ -126,7 +128,10 @@ class Outcome:
 
 
 def _save_networks(phase: Phase, folder: Path) -> None:
-    """The best weights of each network under its publisher's own names, their settings beside them."""
+    """The best weights of each network under its publisher's own names, for us and for other programs.
+
+    The .safetensors file also says what the network is; see `checkpoints.said_of`.
+    """
     cascade = phase.cascade
     states = {
         "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
@@ -134,10 +139,13 @@ def _save_networks(phase: Phase, folder: Path) -> None:
     }
     if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
         save(cascade.gate.state_dict(), folder / f"best_sam{GATE}")
+    licences = {"coarse": cascade.coarse, "sam": None if cascade.refiner is None else cascade.refiner.sam}
     for name, state in states.items():
         if state is not None:
-            save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")
-            write_json(folder / f"best_{name}.json", phase.carried)
+            said = {key: json.dumps(value) for key, value in phase.carried.items()}
+            said["licence"] = str(getattr(licences[name], "licence", "unknown"))
+            for ending in (".pth", SAFETENSORS):
+                write_state_dict(state, folder / f"best_{name}{ending}", said)
 
 
 def _cases(run: Run, rows: Rows, baseline: Rows | None) -> list[dict[str, Any]]:

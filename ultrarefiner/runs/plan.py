@@ -25,6 +25,7 @@ from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs.build import build_data, build_store
+from ultrarefiner.runs.checkpoints import BEST
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
 
@@ -195,6 +196,16 @@ def _settled(cfg: DictConfig) -> DictConfig:
         cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    for name in (COARSE, SAM):
+        given = cfg.phase.get(f"{name}_checkpoint")
+        untrained = name == COARSE and (cfg.model.coarse_weights is None or cfg.model.coarse_weights.endswith(".npz"))
+        if given == AUTO or (given == "pretrained" and untrained):
+            raise UserError(
+                f"phase.{name}_checkpoint={given}: no published file is a trained {name} network; give a checkpoint, "
+                "or null for the run that this configuration describes"
+            )
+        if given and (inside := Path(given).expanduser() / "checkpoints" / BEST).is_file():
+            cfg.phase[f"{name}_checkpoint"] = str(inside)  # the directory of a run was given
     node = cfg.phase.get("sam", cfg.phase)
     if "softness" in node:
         for name in ("softness", "bins"):
