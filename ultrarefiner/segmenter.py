@@ -5,8 +5,9 @@ result = segmenter(image)              # result.mask, result.coarse, result.prob
 result = segmenter(image, coarse=mask) # redraw the mask of any other tool
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,9 @@ from ultrarefiner.results.measures import separate
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
-from ultrarefiner.runs.checkpoints import BEST
+from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported, said_of
+from ultrarefiner.runs.start import load_gate
+from ultrarefiner.settings import COARSE, SAM
 
 Picture = NDArray[Any]
 """(H,W) or (H,W,3), 8 bits; checked where it is used."""
@@ -79,17 +82,19 @@ class Segmenter:
 
     @classmethod
     def load(cls, path: str | Path | None = None, device: str = "auto", **options: Any) -> "Segmenter":
-        """The pipeline of a run directory or of one of its checkpoints, which carries its configuration.
+        """The pipeline of a run, which carries its configuration.
 
         Args:
-            path: the directory, or a file such as `checkpoints/best.ckpt`; None is the pair that ships.
+            path: the directory, a file such as `checkpoints/best.ckpt`, or a folder of `ultrarefiner.export`; None:
+                the pair that ships.
             device, options: see `Segmenter`.
 
         Raises:
             UserError: there is no such run or file, it is damaged, or it does not say how its networks are built.
         """
-        if path is None:
-            raise UserError("no trained pair ships with this version yet; give the path of a run or of a checkpoint")
+        path = SHIPPED if path is None else Path(path).expanduser()
+        if networks := exported(path):
+            return cls(*_exported(networks), device, **options)
         file = checkpoint_file(path)
         content = load(file)
         if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
@@ -231,6 +236,23 @@ class Segmenter:
         return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
 
 
+def _exported(networks: Mapping[str, Path]) -> tuple[Cascade, int, int]:
+    """The networks in the files of `ultrarefiner.export`, and the sizes of their frames.
+
+    Raises:
+        UserError: a file is damaged, or does not say how its network is built.
+    """
+    said = {name: said_of(path) for name, path in networks.items()}
+    cfg = OmegaConf.create(said.get(SAM, said.get(COARSE, {})).get("config"))
+    if not isinstance(cfg, DictConfig) or not all(said.values()):
+        raise UserError(f"{next(iter(networks.values()))} does not say how its network is built; export the run again")
+    cfg.model.lora.rank = 0  # merged
+    cascade = _untrained(cfg, networks)
+    if SAM in networks:
+        load_gate(cascade.gate, networks[SAM])
+    return cascade, cfg.model.image_size, cfg.model.coarse_size
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """The file of a checkpoint, which may be given as the directory of its run.
 
@@ -263,8 +285,13 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device={name} is not there ({str(error).splitlines()[0]}); choose auto or cpu") from error
 
 
-def _untrained(cfg: Any) -> Cascade:
-    """The networks of a configuration, without a look for the files that they once started from."""
+def _untrained(cfg: Any, networks: Mapping[str, Path] = MappingProxyType({})) -> Cascade:
+    """The networks of a configuration, without a look for the files that they once started from.
+
+    Args:
+        cfg: of a run.
+        networks: files of their weights; then only these are built.
+    """
     assert isinstance(cfg, DictConfig)
     with open_dict(cfg):
         cfg.model.coarse_weights = None
@@ -272,7 +299,7 @@ def _untrained(cfg: Any) -> Cascade:
         if cfg.model.sam._target_ == "ultrarefiner.models.sam.load_sam":
             cfg.model.sam = {**cfg.model.sam, "checkpoint": None, "random_init": True}
     kind: type[Phase] = get_class(cfg.phase._target_)
-    return build_cascade(cfg, kind.parts, {})
+    return build_cascade(cfg, networks or kind.parts, networks)
 
 
 def _grey(image: Picture) -> UInt8[np.ndarray, "H W"]:

@@ -22,7 +22,7 @@ WEIGHT_FILES = frozenset({"coarse_weights", "checkpoint", "coarse_checkpoint", "
 """Keys that hold the path of a file of weights: its content defines a result, not its name."""
 FOLDERS = re.compile(r"phase\.(\w+\.)*masks")
 """Keys that hold the path of a folder: the contents of its files define a result."""
-NAMES_OF_WEIGHTS = (None, "pretrained", "auto", "shipped")
+NAMES_OF_WEIGHTS = (None, "pretrained", "auto")
 """What may stand in the place of such a path, and says by itself which weights are meant."""
 PLACES = frozenset({"root"})
 """Keys that say where data lie."""

@@ -14,13 +14,15 @@ from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, replacing
 from ultrarefiner.models.weights import SAFETENSORS, read_metadata
-from ultrarefiner.settings import portable
+from ultrarefiner.settings import COARSE, SAM, portable
 
 log = logging.getLogger(__name__)
 
 BUILDS = ("model", "prompt_style", "roi", "gate", "phase", "fold", "seed")
 """The nodes of the configuration that a checkpoint carries."""
 SAID = ("ultrarefiner", "config", "seen")
+SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
+"""The pair of networks that comes with the project, as `ultrarefiner.export` writes a pair."""
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
@@ -59,6 +61,12 @@ def said_of(path: Path, content: Any = None) -> dict[str, Any]:
         content = load(path) if path.suffix == ".ckpt" else {}
     known = isinstance(content, dict) and set(SAID) <= set(content)
     return {name: content[name] for name in SAID} if known else {}
+
+
+def exported(folder: Path) -> dict[str, Path]:
+    """The networks in a folder of `ultrarefiner.export`, by part; nothing where it is no such folder."""
+    files = {name: folder / f"{name}{SAFETENSORS}" for name in (COARSE, SAM)}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def best(directory: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs.build import build_data, build_store
-from ultrarefiner.runs.checkpoints import BEST
+from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
 
@@ -184,6 +184,18 @@ def wants_fit(phase: DictConfig) -> bool:
     return FIT in (phase.get("softness"), phase.get("bins"))
 
 
+def _take_shipped(cfg: DictConfig) -> None:
+    """Put the files of the pair that ships in the places where its name stands."""
+    for node, key, name in (
+        (cfg.model, "coarse_weights", COARSE),
+        (cfg.model.sam, "checkpoint", SAM),
+        (cfg.phase, "coarse_checkpoint", COARSE),
+        (cfg.phase, "sam_checkpoint", SAM),
+    ):
+        if node.get(key) == "shipped":
+            node[key] = str(exported(SHIPPED)[name])
+
+
 def _settled(cfg: DictConfig) -> DictConfig:
     """The configuration without what the phase does not use, which must not define its result, and with the precision.
 
@@ -196,6 +208,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
         cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    _take_shipped(cfg)
     for name in (COARSE, SAM):
         given = cfg.phase.get(f"{name}_checkpoint")
         untrained = name == COARSE and (cfg.model.coarse_weights is None or cfg.model.coarse_weights.endswith(".npz"))

@@ -66,7 +66,7 @@ def prepare(run: Run) -> Beginning:
             seen |= _unseen(run, f"{key}={path}", checkpoints.said_of(Path(path).expanduser()))
     phase = build_phase(run.cfg, run.kind, given.files)
     if SAM in given.files:
-        _load_gate(phase.cascade.gate, given.files[SAM])
+        load_gate(phase.cascade.gate, given.files[SAM])
     return Beginning(phase, given.states, seen)
 
 
@@ -161,7 +161,7 @@ def require_unseen(data: DataModule, parts: Sequence[str], key: str, seen: Seen,
     return found
 
 
-def _load_gate(gate: nn.Module | None, file: Path) -> None:
+def load_gate(gate: nn.Module | None, file: Path) -> None:
     """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
 
     Raises:

@@ -1,0 +1,118 @@
+"""A trained pair in a folder for others: it draws what the run drew, says what it is, and can be started from."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from conftest import compose
+from ultrarefiner import export
+from ultrarefiner.errors import UserError
+from ultrarefiner.files import read_json
+from ultrarefiner.models.weights import read_metadata
+from ultrarefiner.results.metrics import overlap
+from ultrarefiner.runs import checkpoints, plan, start
+from ultrarefiner.runs.pack import pack
+from ultrarefiner.segmenter import Segmenter
+
+
+def run_of(root, phase):
+    return next(path.parent for path in root.glob(f"phantom/tiny/{phase}*/*/summary.json"))
+
+
+def images(run):
+    data = plan.plan(OmegaConf.load(run / "config.yaml"))[-1].data
+    return [data.reader.read(case)[0] for case in data.split.test]
+
+
+@pytest.fixture(scope="module")
+def packed(finished_runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "pair"
+    pack(run_of(finished_runs, "e2e"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_it_draws_what_the_run_drew(finished_runs, tmp_path, half):
+    """To the bit with whole weights; with halved ones a pixel or two at the boundary may differ."""
+    run = run_of(finished_runs, "e2e")
+    pack(run, tmp_path / "pair", half)
+    before, after = Segmenter.load(run), Segmenter.load(tmp_path / "pair")
+    for image in images(run):
+        one, other = before(image), after(image)
+        if half:
+            assert np.abs(one.probability - other.probability).max() < 0.05
+            assert overlap(one.mask, other.mask)["dice"] > 0.99
+        else:
+            assert np.array_equal(one.mask, other.mask) and np.array_equal(one.probability, other.probability)
+
+
+def test_the_command_prints_its_files_and_the_card_says_what_it_is(finished_runs, tmp_path, monkeypatch, capsys):
+    run, output = run_of(finished_runs, "e2e"), tmp_path / "a folder (1)"
+    monkeypatch.setattr(sys, "argv", ["export", f"checkpoint={run}", f"output={output}"])
+    export.main()
+    assert [line.rpartition("/")[2].split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "coarse.safetensors",
+        "sam.safetensors",
+        "README.md",
+    ]
+    card = (output / "README.md").read_text()
+    summary = read_json(run / "summary.json")
+    assert (
+        f"{summary['test']['refined']['dice']:.4f}" in card
+        and f"{summary['baseline']['test']['coarse']['dice']:.4f}" in card
+    )
+    seen = json.loads(read_metadata(output / "sam.safetensors")["seen"])
+    assert f"{len(seen['trained'])} images that they were trained on" in card and "no medical device" in card
+
+
+def test_a_run_that_is_not_finished_and_a_full_folder_are_refused(finished_runs, packed, tmp_path):
+    with pytest.raises(UserError, match="not the directory of a finished run"):
+        pack(tmp_path, tmp_path / "new")
+    with pytest.raises(UserError, match="is not empty"):
+        pack(run_of(finished_runs, "e2e"), packed)
+
+
+def test_a_weight_that_16_bits_cannot_hold_is_named(finished_runs, tmp_path, monkeypatch):
+    from ultrarefiner.runs import pack as room
+
+    monkeypatch.setattr(room, "read_state_dict", lambda path: {"huge.weight": __import__("torch").full((1,), 1e6)})
+    with pytest.raises(UserError, match=r"huge\.weight is too large for 16 bits; set half=false"):
+        pack(run_of(finished_runs, "e2e"), tmp_path / "new")
+
+
+def test_weights_without_a_word_about_them_are_refused(packed, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(packed, tmp_path / "bare")
+    save_file(load_file(packed / "sam.safetensors"), tmp_path / "bare" / "sam.safetensors")
+    with pytest.raises(UserError, match="does not say how its network is built"):
+        Segmenter.load(tmp_path / "bare")
+
+
+def test_training_starts_from_the_shipped_pair_and_knows_what_it_has_seen(packed, tmp_path, monkeypatch):
+    """Here a pair that was trained on the very test cases ships: it is refused, and only then taken."""
+    monkeypatch.setattr(checkpoints, "SHIPPED", packed)
+    monkeypatch.setattr(plan, "SHIPPED", packed)
+    given = ["phase.coarse_checkpoint=shipped", "phase.sam_checkpoint=shipped", f"output_root={tmp_path}"]
+    own = plan.plan(compose(*given))[-1]
+    begun = start.prepare(own)
+    assert not own.earlier and set(begun.seen.trained) >= set(own.data.marks("train"))
+    whole = Segmenter.load(packed)
+    for name in ("coarse", "refiner"):
+        loaded, shipped = (getattr(cascade, name).state_dict() for cascade in (begun.phase.cascade, whole.cascade))
+        assert all(np.array_equal(loaded[key], value) for key, value in shipped.items())
+    with pytest.raises(UserError, match="has seen"):
+        start.prepare(plan.plan(compose(*given, "fold=1"))[-1])
+    started = plan.plan(compose("phase=coarse", "model.coarse_weights=shipped", f"output_root={tmp_path}"))[-1]
+    assert started.settings["model.coarse_weights"].startswith("sha256:")
+
+
+def test_the_shipped_pair_is_there_and_small_enough_for_a_wheel():
+    files = list(checkpoints.SHIPPED.iterdir())
+    assert {"coarse.safetensors", "sam.safetensors", "README.md"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) < 32e6
+    assert "Medical Physics" in (checkpoints.SHIPPED / "README.md").read_text()

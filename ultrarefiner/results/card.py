@@ -1,0 +1,94 @@
+"""A model card: what a trained pair is, what it was trained on, how good it is, and what it is not for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ultrarefiner.data.cases import PARTS
+from ultrarefiner.results.tables import COLUMNS, Column, markdown, one_line
+
+CITATIONS = {
+    "busbra": "W. Gómez-Flores, M. J. Gregorio-Calas, W. Coelho de Albuquerque Pereira: BUS-BRA: A breast ultrasound "
+    "dataset for assessing computer-aided diagnosis systems. Medical Physics 51(4), 2024, 3110-3123.",
+}
+"""What the licence of a data set asks those to cite who use what was made from it."""
+
+LIMITS = """\
+For research. It is no medical device and must not decide on a patient. It has seen images of one data set, with the
+scanners, sites and annotators named there; on other images it may fail without a sign. It was trained on images that
+show a lesion: what it draws on an image without one means nothing. Contours that look plausible can be wrong, in
+shadows and at faint margins above all; look at every mask."""
+
+
+def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[str, str]) -> str:
+    """The card as Markdown, with the front matter that model hubs read.
+
+    Args:
+        summary: of the run (summary.json).
+        files: that lie beside the card.
+        said: the metadata of the weights: their licence, and what they have seen.
+    """
+    config, data = summary["config"], summary["data"]
+    name, dataset = f"{config['model']['name']} ({config['phase']['name']})", data["dataset"]
+    rows = [{"mask": mask, **scores} for mask, scores in _masks(summary).items()]
+    parts = [
+        {"part": part, "images": data[part]["cases"], "patients": data[part]["patients"]}
+        | {"classes": ", ".join(f"{count} {label}" for label, count in data[part]["classes"].items())}
+        for part in PARTS
+    ]
+    seen = json.loads(said["seen"]) if "seen" in said else {}
+    unfair = summary.get("seen")
+    cite = CITATIONS.get(dataset)
+    return "\n".join(
+        [
+            "---",
+            "library_name: ultrarefiner",
+            "pipeline_tag: image-segmentation",
+            "tags: [ultrasound, breast, segmentation, medical-imaging]",
+            "---",
+            f"# UltraRefiner {one_line(name)}, trained on {one_line(dataset)}",
+            "",
+            "A coarse network finds the lesion in a breast-ultrasound image, a Segment Anything model redraws its",
+            "boundary.",
+            "",
+            "```python",
+            "from ultrarefiner import Segmenter",
+            "",
+            'result = Segmenter.load("this folder")("image.png")  # result.mask, result.probability, ...',
+            "```",
+            "",
+            "## Data",
+            "",
+            f"{one_line(dataset)}, fold {data['fold']} of {data['folds']}; no patient is in two parts. The weights "
+            f"carry marks of the {len(seen.get('trained', []))} images that they were trained on and of the "
+            f"{len(seen.get('chosen', []))} that chose them, and refuse to be measured on these.",
+            "",
+            markdown(parts),
+            "",
+            "## Figures",
+            "",
+            f"On the {data['test']['cases']} test images, at their native size"
+            + (f"; not a fair test: {unfair['test_cases']} of them had been seen before:" if unfair else ":"),
+            "",
+            markdown(rows, (Column("mask", "mask"), *COLUMNS)),
+            "",
+            *(["This data set asks for this citation: " + cite, ""] if cite else []),
+            "## Intended use and limits",
+            "",
+            LIMITS,
+            "",
+            "## Licences",
+            "",
+            f"Files: {', '.join(files)}. SAM's weights: {said.get('licence', 'unknown')}; the data: see the "
+            "data set's own licence, which may ask for more than the citation.",
+            "",
+            f"Made by {one_line(summary['title'])}, commit {summary['environment'].get('commit') or 'unknown'}.",
+            "",
+        ]
+    )
+
+
+def _masks(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    before = (summary.get("baseline") or {}).get("test", {})
+    named = {"coarse (before end-to-end training)": before.get("coarse"), **summary["test"]}
+    return {name: scores for name, scores in named.items() if scores}

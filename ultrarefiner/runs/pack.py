@@ -1,0 +1,62 @@
+"""The networks of a finished run in a folder for others: weights that say what they are, and a model card."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ultrarefiner.errors import UserError
+from ultrarefiner.files import read_json, write_atomically
+from ultrarefiner.models.weights import SAFETENSORS, read_metadata, read_state_dict, write_state_dict
+from ultrarefiner.results.card import model_card
+from ultrarefiner.runs.start import GATE
+from ultrarefiner.settings import COARSE, SAM
+
+
+def pack(run: Path, output: Path, half: bool = True) -> list[Path]:
+    """Write coarse.safetensors, sam.safetensors (what the run has of them) and README.md.
+
+    Args:
+        run: the directory of a finished run.
+        output: a folder that is empty or not there yet.
+        half: keep the weights in float16.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the run is not finished, the folder has something in it, or a weight is too large for float16.
+    """
+    summary = run / "summary.json"
+    if not summary.is_file():
+        raise UserError(f"checkpoint={run} is not the directory of a finished run: it holds no {summary.name}")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"output={output} is not empty; give a new folder")
+    written = []
+    said: dict[str, str] = {}
+    for name in (COARSE, SAM):
+        source = run / "checkpoints" / f"best_{name}{SAFETENSORS}"
+        if source.is_file():
+            said = read_metadata(source)
+            state = read_state_dict(source)
+            written.append(output / f"{name}{SAFETENSORS}")
+            write_state_dict({key: _halved(key, value, half) for key, value in state.items()}, written[-1], said)
+            gate = source.with_suffix(GATE)
+            if gate.is_file():
+                written.append(output / f"{name}{GATE}")
+                shutil.copyfile(gate, written[-1])
+    if not written:
+        raise UserError(f"{run / 'checkpoints'} holds no best_*{SAFETENSORS}; train the run again with this version")
+    content: dict[str, Any] = read_json(summary)
+    written.append(output / "README.md")
+    write_atomically(written[-1], model_card(content, [path.name for path in written], said).encode())
+    return written
+
+
+def _halved(name: str, value: torch.Tensor, half: bool) -> torch.Tensor:
+    if not half or value.dtype != torch.float32:
+        return value
+    if value.numel() and float(value.abs().max()) > torch.finfo(torch.float16).max:
+        raise UserError(f"the weight {name} is too large for 16 bits; set half=false")
+    return value.half()
