@@ -228,7 +228,7 @@ class Segmenter:
 
     def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
         prob = map_to_square(mask.astype(np.float32), self.coarse_size)
-        return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
+        return soft_logit(torch.tensor(prob)[None, None].to(self.device))
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -285,7 +285,7 @@ def _native(logit: Float[Tensor, "1 h w"], picture: UInt8[np.ndarray, "H W"]) ->
     return F.interpolate(logit[None].float(), size=picture.shape, mode="bilinear", align_corners=False)[0]
 
 
-def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C C"]:
+def apart(logit: Float[Tensor, "1 H W"], most: int = 8) -> Float[Tensor, "n 1 H W"]:
     """A map for each lesion of a coarse map, in which all that is nearer to another lesion is background.
 
     Args:
