@@ -128,7 +128,7 @@ def test_what_is_written(predicted, scans, tmp_path, pair):
         assert {key: row[key] for key in measures} == measures and bool(measures["area_mm2"]) == bool(spacing and parts)
         one_by_one = [line for line in lesions if line["id"] == name]
         assert [line["lesion"] for line in one_by_one] == [str(n + 1) for n in range(len(parts))]
-        assert [line["area_px2"] for line in one_by_one] == [str(int(part.sum())) for part in parts]
+        assert [line["area_px2"] for line in one_by_one] == [str(int(part.mask.sum())) for part in parts]
         assert row["accepted"] == "1" and row["reason"] == "" and float(row["predicted_iou"]) == round(found.iou, 4)
         assert float(row["uncertainty"]) == pytest.approx(found.uncertainty, abs=1e-3)
     raw = (out / "predictions.csv").read_text()

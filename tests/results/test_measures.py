@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
-from ultrarefiner.results.measures import describe, diameters, measure, outline, separate
+from ultrarefiner.results.measures import describe, diameters, measure, numbered, outline, separate
 
 
 def ellipse(a: float, b: float, degrees: float, size: int = 300) -> np.ndarray:
@@ -84,20 +84,31 @@ def test_the_perpendicular_is_the_longest_line_across(seed, count):
 
 def test_lesions_apart_the_largest_first():
     mask = np.zeros((20, 20), bool)
-    mask[2:4, 2:4], mask[10:15, 10:15], mask[4, 4] = True, True, True  # the last touches the first by a corner
+    mask[2:4, 2:4], mask[10:15, 11:16], mask[4, 4] = True, True, True  # the last touches the first by a corner
     large, small = separate(mask)
-    assert large.sum() == 25 and small.sum() == 5 and np.array_equal(large | small, mask)
+    assert large.mask.all() and (large.top, large.left, large.mask.shape) == (10, 11, (5, 5))
+    assert small.mask.sum() == 5 and (small.top, small.left) == (2, 2) and large.centre == (13.5, 12.5)
+    labels, count = numbered(mask)
+    assert count == 2 and np.array_equal(labels > 0, mask) and labels[12, 12] == 1 and labels[4, 4] == 2
+    for lesion, number in ((large, 1), (small, 2)):
+        assert measure(lesion, (0.3, 0.2)) == pytest.approx(measure(labels == number, (0.3, 0.2)))
     assert separate(np.zeros((3, 3), bool)) == []
+
+
+def test_many_specks_take_little_memory_and_time():
+    mask = np.zeros((1500, 1500), bool)
+    mask[::3, ::3] = True
+    assert len(separate(mask)) == 250_000
 
 
 def test_cells_of_a_table():
     mask = np.zeros((20, 20), bool)
     mask[10:15, 10:14] = True
-    cells = describe(mask, (0.5, 0.25), area=30)
+    (lesion,) = separate(mask)
+    cells = describe(lesion, (0.5, 0.25), area=30)
     assert cells["area_px2"] == "30" and cells["area_mm2"] == "3.75"
-    assert (
-        cells["x1_px"] == "10" and cells["y2_mm"] == "7.5" and cells["longest_mm"] == "2.61"
-    )  # from the middle of one edge to that of another
-    unknown = describe(mask, None)
+    assert cells["x1_px"] == "10" and cells["y2_mm"] == "7.5"
+    assert cells["longest_mm"] == "2.61"  # from the middle of one edge to that of another
+    unknown = describe(lesion, None)
     assert unknown["area_px2"] == "20" and unknown["area_mm2"] == unknown["x1_mm"] == ""
     assert list(unknown) == list(cells) == list(describe(None, None)) and not any(describe(None, (1.0, 1.0)).values())

@@ -26,6 +26,15 @@ class Region(NamedTuple):
     spacing: tuple[float, float]
     """(row, column): the height and the width of a pixel, mm."""
 
+    @property
+    def area(self) -> float:
+        """In px."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    def holds(self, x: float, y: float) -> bool:
+        """Whether a point lies in it, px."""
+        return self.box[0] <= x <= self.box[2] and self.box[1] <= y <= self.box[3]
+
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its name or, as scanners write files without a suffix, by its first bytes."""

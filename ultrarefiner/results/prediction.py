@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
 from ultrarefiner.data.dicom import Region
 from ultrarefiner.data.scans import CoarseMasks, Scan, file_hash, load_coarse
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_csv, read_json, write_atomically, write_csv
-from ultrarefiner.results.measures import describe, separate
+from ultrarefiner.results.measures import Lesion, describe, separate
 from ultrarefiner.results.pictures import png
 from ultrarefiner.results.segmentation import Segmentation
 
@@ -128,16 +128,10 @@ class Predictions:
     def _files(self, name: str) -> dict[str, Path]:
         return {kind: self.folder / kind / f"{name}.png" for kind in ("masks", *self.extras)}
 
-    def _spacing(self, item: Item, lesion: Bool[np.ndarray, "H W"]) -> tuple[float, float] | None:
+    def _spacing(self, item: Item, lesion: Lesion) -> tuple[float, float] | None:
         """That of the smallest calibrated region in which the lesion's centre lies."""
-        rows, columns = np.nonzero(lesion)
-        x, y = columns.mean() + 0.5, rows.mean() + 0.5
-        around = [
-            region
-            for region in item.regions
-            if region.box[0] <= x <= region.box[2] and region.box[1] <= y <= region.box[3]
-        ]
-        smallest = min(around, key=lambda r: (r.box[2] - r.box[0]) * (r.box[3] - r.box[1]), default=None)
+        around = [region for region in item.regions if region.holds(*lesion.centre)]
+        smallest = min(around, key=lambda region: region.area, default=None)
         return smallest.spacing if smallest else None if item.regions else self.spacing
 
     def _read(self, table: str) -> list[dict[str, str]]:
