@@ -56,7 +56,9 @@ def read_header(path: Path) -> "Dataset":
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     advice = "export it uncompressed (Explicit VR Little Endian)"
-    syntax = read_file_meta_info(path).TransferSyntaxUID
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax is None:
+        raise UserError(f"{path} does not say how it is encoded (Transfer Syntax UID): {advice}.")
     # It is inflated as a whole before anything is known of its size.
     if syntax == DeflatedExplicitVRLittleEndian:
         raise UserError(f"{path} is a deflated DICOM file, which may fill the memory: {advice}.")
@@ -68,7 +70,7 @@ def read_header(path: Path) -> "Dataset":
     frames = frame_count(header)
     if not 1 <= frames <= MAX_FRAMES or not int(header.Rows) or not int(header.Columns):
         size = f"{frames} frames of {header.Columns} × {header.Rows} px"
-        raise UserError(f"{path} says that it holds {size}, and at most {MAX_FRAMES:,} are read: export it again.")
+        raise UserError(f"{path} says that it holds {size}: export it again, with 1 to {MAX_FRAMES:,} frames.")
     try:
         known = get_decoder(syntax).is_available
     except NotImplementedError:  # of films
