@@ -26,7 +26,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.files import load
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.results.measures import separate
+from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
@@ -233,7 +233,7 @@ class Segmenter:
 
     def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
         prob = map_to_square(mask.astype(np.float32), self.coarse_size)
-        return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
+        return soft_logit(torch.tensor(prob)[None, None].to(self.device))
 
 
 def _exported(networks: Mapping[str, Path]) -> tuple[Cascade, int, int]:
@@ -312,7 +312,7 @@ def _native(logit: Float[Tensor, "1 h w"], picture: UInt8[np.ndarray, "H W"]) ->
     return F.interpolate(logit[None].float(), size=picture.shape, mode="bilinear", align_corners=False)[0]
 
 
-def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C C"]:
+def apart(logit: Float[Tensor, "1 H W"], most: int = 8) -> Float[Tensor, "n 1 H W"]:
     """A map for each lesion of a coarse map, in which all that is nearer to another lesion is background.
 
     Args:
@@ -321,11 +321,11 @@ def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C 
     """
     from scipy.ndimage import distance_transform_edt
 
-    lesions = separate((logit[0] > 0).cpu().numpy())[:most]
-    if len(lesions) < 2:
+    labels, count = numbered((logit[0] > 0).cpu().numpy())
+    if count < 2:
         return logit[None]
-    labels = np.sum([number * lesion for number, lesion in enumerate(lesions, 1)], axis=0)
-    rows, columns = distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    far = (labels == 0) | (labels > most)
+    rows, columns = distance_transform_edt(far, return_distances=False, return_indices=True)
     nearest = torch.from_numpy(labels[rows, columns]).to(logit.device)
     background = logit.clamp(max=_NOTHING)
-    return torch.stack([torch.where(nearest == number, logit, background) for number in range(1, len(lesions) + 1)])
+    return torch.stack([torch.where(nearest == number, logit, background) for number in range(1, min(count, most) + 1)])
