@@ -18,7 +18,7 @@ from ultrarefiner.runs import start
 from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import Run, plan, unfinished
 from ultrarefiner.runs.provenance import lock
-from ultrarefiner.runs.training import train
+from ultrarefiner.runs.training import check, train
 
 
 def run(cfg: DictConfig) -> Path:
@@ -44,6 +44,7 @@ def run(cfg: DictConfig) -> Path:
     # All that can be wrong is found out here, before hours go into earlier phases.
     target.data.prepare_data()
     begun = start.prepare(target)
+    check(target, begun.phase)
     with lock(target.directory, wait=False):
         to_do = agreed([each.directory for each in unfinished(runs)])
         for each in runs[:-1]:
