@@ -15,6 +15,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -51,6 +52,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     config.register()
     config_after.register()
     Plugins.instance().register(ExperimentsPath)
@@ -82,8 +84,29 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(128 + (ended or [signal.SIGINT])[0])
+    except BrokenPipeError:  # what reads our output has gone, such as head; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        given = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/@]*=(null|none|true|false|[\d.]+)", a, re.IGNORECASE)]
+        sys.exit(f"error: {' '.join(given)}: a group takes the name of one of its options; --help lists them")
+
+
+def _quoted(override: str) -> str:
+    """`key=value` as it is, or with the value in quotes where Hydra's grammar does not take it: paths with ~ or (1)."""
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w./@-]+", key) or key.startswith("-"):
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+        return f"{key}='{text}'"
+    return override
 
 
 def quote_paths(*keys: str) -> None:
@@ -118,7 +141,7 @@ def explain(error: BaseException) -> str:
         # Hydra names the override, OmegaConf the key.
         where = re.match(r"Error merging override (.+)", text)
         return f"{where[1] if where else key}: {reason}"
-    return " ".join(text.split("\n\n")[0].split())
+    return " ".join(re.sub("See https://hydra.cc.*", "", text.split("\n\n")[0]).split())
 
 
 def _suggest(key: str, siblings: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from ultrarefiner.settings import BRIDGE, COARSE, SAM, about, setting
+from ultrarefiner.settings import BRIDGE, COARSE, PRECISIONS, SAM, about, setting
 
 
 @dataclass
@@ -290,7 +290,7 @@ class DatasetConfig:
     reader: dict[str, Any] = MISSING
     folds: int = setting(5, at_least=2)
     test_fraction: float = setting(0.2, above=0, below=1)
-    split_seed: int = setting(0, at_least=0)
+    split_seed: int = setting(0, at_least=0, below=2**32)
     """Of the partition; `seed` leaves it alone, so that runs of several seeds are tested on the same cases."""
     include_normal: bool = False
     limit: LimitConfig = field(default_factory=LimitConfig)
@@ -310,9 +310,9 @@ class TrainerConfig:
     devices: int = setting(1, result=False, at_least=1)
     num_nodes: int = setting(1, result=False, at_least=1)
     strategy: str = setting("auto", result=False)
-    precision: str = setting("auto")
-    """One of Lightning's; auto: bf16-mixed on a GPU that has it, else 32-true."""
-    num_workers: int = setting(0, result=False, at_least=0)
+    precision: str = setting("auto", one_of=PRECISIONS)
+    """auto: bf16-mixed on a GPU that has it, else 32-true."""
+    num_workers: int = setting(0, result=False, at_least=0, at_most=512)
     accumulate: int = setting(1, at_least=1)
     deterministic: bool = setting(True, result=False)
     compile: bool = setting(False, result=False)

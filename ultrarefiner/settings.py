@@ -24,6 +24,9 @@ FOLDERS = re.compile(r"phase\.(\w+\.)*masks")
 """Keys that hold the path of a folder: the contents of its files define a result."""
 NAMES_OF_WEIGHTS = (None, "pretrained", "auto")
 """What may stand in the place of such a path, and says by itself which weights are meant."""
+NAME = re.compile(r"[^./\\\x00-\x1f:][^/\\\x00-\x1f:]{0,79}")
+"""What options may be called: part of a folder's name on every system."""
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 PLACES = frozenset({"root"})
 """Keys that say where data lie."""
 
@@ -59,9 +62,9 @@ class About:
 
     def _range(self) -> str:
         if self.at_least is not None and self.at_most is not None:
-            return f"between {self.at_least:g} and {self.at_most:g}"
-        words = {"{:g} or more": self.at_least, "more than {:g}": self.above}
-        words |= {"at most {:g}": self.at_most, "less than {:g}": self.below}
+            return f"between {self.at_least} and {self.at_most}"
+        words = {"{} or more": self.at_least, "more than {}": self.above}
+        words |= {"at most {}": self.at_most, "less than {}": self.below}
         return " and ".join(text.format(bound) for text, bound in words.items() if bound is not None) or "finite"
 
 
@@ -90,6 +93,8 @@ def about(one: "Field[Any]") -> About:
 def check(cfg: DictConfig, prefix: str = "") -> None:
     """Compare every setting of a composed configuration with its range.
 
+    Names of options become folders, and of the weights of a loss one must count.
+
     Raises:
         UserError: the first that is outside, with what it may be.
     """
@@ -104,6 +109,15 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
             check(value, f"{key}.")
         elif wanted := known.get(name, About()).refusal(value):
             raise UserError(f"{key} must be {wanted}, got {'null' if value is None else value}")
+        elif name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
+            raise UserError(
+                f"{key} must be a name of at most 80 letters, without / or \\ or a first dot, got {value!r}"
+            )
+    weights = [name for name in map(str, cfg) if name.endswith("_weight") and not OmegaConf.is_missing(cfg, name)]
+    if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
+        raise UserError(
+            f"one of {', '.join(f'{prefix}{name}' for name in weights)} must be more than 0: nothing counts"
+        )
 
 
 def defining(cfg: Any, parts: frozenset[str], schema: type) -> dict[str, Any]:

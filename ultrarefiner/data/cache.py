@@ -140,7 +140,7 @@ def open_cache(
             if index is None or missing or not _intact(folder, NATIVE, _native_file(folder)):
                 index = _build(reader, cases, mark, missing, folder, progress)
     except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "choose another cache_dir"
+        hint = "free some space" if error.errno == errno.ENOSPC else "choose another output_root"
         raise UserError(f"the cache in {folder} cannot be written ({error.strerror or error}): {hint}.") from error
     return index, {size: Frames(folder, size) for size in sizes}
 

@@ -100,6 +100,8 @@ class GaussianMaskPrompt(nn.Module):
 
     def __init__(self, sigma: float = 0.01) -> None:
         super().__init__()
+        if not 0 < sigma <= 1:
+            raise ValueError(f"sigma must lie in (0, 1], got {sigma}")
         self.sigma = sigma
 
     def forward(self, prob: Float[Tensor, "B 1 H W"], size: int) -> Float[Tensor, "B 1 size size"]:
@@ -107,7 +109,7 @@ class GaussianMaskPrompt(nn.Module):
         return _as_mask_input((2 * gaussian_blur(precise(prob), self.sigma) - 1) * LOGIT_RANGE, size)
 
 
-class DistanceMaskPrompt(nn.Module):
+class DistanceMaskPrompt(GaussianMaskPrompt):
     """The map weighed by the distance to its boundary: certain far from it, undecided next to it.
 
     A straight edge blurred with σ becomes P̄ = Φ(d/σ), d the signed distance to it; so w = (2P̄ − 1)² = erf²(d/(σ√2))
@@ -118,8 +120,7 @@ class DistanceMaskPrompt(nn.Module):
     """
 
     def __init__(self, sigma: float = 0.02) -> None:
-        super().__init__()
-        self.sigma = sigma
+        super().__init__(sigma)
 
     def forward(self, prob: Float[Tensor, "B 1 H W"], size: int) -> Float[Tensor, "B 1 size size"]:
         """Probabilities in [0, 1] to logits in [−10, 10]."""

@@ -1,6 +1,9 @@
 """From the configuration to objects: data, networks, phases."""
 
 import inspect
+import logging
+import re
+import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,29 +35,58 @@ def build(node: Any, key: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a configuration node by its `_target_`, with errors that name its key.
 
     Raises:
-        UserError: the class refuses a value, or takes no such argument. Any other error is one of the class's own.
+        UserError: there is no such class, it refuses a value or takes no such argument, or its code fails: then with
+            the line.
     """
     node = plain(node)
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise UserError(f"{key} needs the path of a class or function as {key}._target_")
+    find(node["_target_"], key)
     try:
         return instantiate(node, *args, **kwargs)
     except InstantiationException as error:
-        cause = error.__cause__
+        cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from error
-        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and not _fits(node, args, kwargs)):
+        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and misfit(node, args, kwargs)):
             raise UserError(f"{key}: {node['_target_']} says: {cause}") from error
-        raise
+        raise UserError(f"{key}: {node['_target_']} fails: {told(cause)}") from error
 
 
-def _fits(node: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the target takes these arguments; if it does not, nothing of it has run."""
+def find(target: str, key: str) -> Any:
+    """The class or function of a `_target_`.
+
+    Raises:
+        UserError: there is none, or its module cannot be imported; with the reason and, of a mistake in it, the line.
+    """
+    try:
+        return get_object(target)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key}._target_={target} cannot be loaded: {told(error.__cause__ or error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """An error of somebody's code in one line, with its place."""
+    places = [(at.filename, at.lineno) for at in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places = [(str(error.filename), error.lineno)]
+    theirs = [f" ({file}, line {line})" for file, line in places if not _MACHINERY.search(file)]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{''.join(theirs[-1:])}"
+
+
+_MACHINERY = re.compile(r"^<|[\\/](hydra|importlib)[\\/]")
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs is in the errors that it raises
+
+
+def misfit(node: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Why the target does not take these arguments, if so; nothing of it has run then."""
     target = get_object(node["_target_"])
     given = {name: value for name, value in {**node, **kwargs}.items() if not name.startswith("_")}
     try:
         inspect.signature(target).bind(*args, **given)
-    except TypeError:
-        return False
-    return True
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def plain(node: Any) -> Any:

@@ -18,7 +18,7 @@ from ultrarefiner.runs import start
 from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import Run, plan, unfinished
 from ultrarefiner.runs.provenance import lock
-from ultrarefiner.runs.training import train
+from ultrarefiner.runs.training import check, train
 
 
 def run(cfg: DictConfig) -> Path:
@@ -45,6 +45,7 @@ def run(cfg: DictConfig) -> Path:
     for each in runs:
         each.data.prepare_data()
     begun = start.prepare(target)
+    check(target, begun.phase)
     with lock(target.directory, wait=False):
         to_do = agreed([each.directory for each in unfinished(runs)])
         for each in runs[:-1]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ultrarefiner.config import Config
@@ -24,7 +23,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs.build import build_data, build_store
+from ultrarefiner.runs.build import build_data, build_store, find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
@@ -117,7 +116,9 @@ def unfinished(runs: list[Run]) -> list[Run]:
 
 def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     cfg = _settled(cfg)
-    kind: type[Phase] = get_class(cfg.phase._target_)
+    kind: type[Phase] = find(cfg.phase._target_, "phase")
+    if not (isinstance(kind, type) and issubclass(kind, Phase)):
+        raise UserError(f"phase._target_={cfg.phase._target_} is no phase: give a subclass of phases.phase.Phase")
     predicted = _wants_predictions(cfg.phase)
     parts = kind.parts | ({COARSE} if predicted else set())
     if COARSE in parts and cfg.model.coarse is None:

@@ -128,7 +128,9 @@ class Wandb(_CountedOn, WandbLogger):
     artifact = False
 
 
-def tensorboard_logger(directory: Path, *, first_step: int = 0, **run: Any) -> Logger:
+def tensorboard_logger(
+    directory: Path, *, name: str, job_type: str, tags: list[str], group: str, settings: Any, first_step: int = 0
+) -> Logger:
     """TensorBoard files in the run directory (`tensorboard --logdir outputs`)."""
     logger = TensorBoard(directory, name="", version="tensorboard")
     logger.first_step = first_step

@@ -1,23 +1,27 @@
 """One run: train a phase, measure it, leave the results behind."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from pytorch_lightning.loggers import Logger
 
 from ultrarefiner import ranks
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.folds import save_split
+from ultrarefiner.errors import UserError
 from ultrarefiner.files import write_atomically
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import tables
 from ultrarefiner.results.evaluation import Rows, evaluate
 from ultrarefiner.results.metrics import mean_scores
 from ultrarefiner.runs import callbacks, checkpoints, ddp, outcome, start, tracking
-from ultrarefiner.runs.build import build, plain
+from ultrarefiner.runs.build import build, find, misfit, plain, told
 from ultrarefiner.runs.interruption import Deadline, Interruption
 from ultrarefiner.runs.out_of_fold import add_predictions
 from ultrarefiner.runs.plan import Run
@@ -72,6 +76,52 @@ def train(run: Run, begun: start.Beginning, deadline: Deadline) -> None:
         left.finish()
     ranks.agreed(None)  # the first process has written the summary
     tables.summary(directory, finished_before=False)
+
+
+def check(run: Run, phase: Phase) -> None:
+    """Find out what only the machine, a logger or a class of the user's own can tell, before hours go by.
+
+    Raises:
+        UserError: Lightning cannot train so here, a logger does not take what it is given, or a batch fails.
+    """
+    t = run.cfg.trainer
+    try:
+        pl.Trainer(
+            accelerator=t.accelerator, devices=1, strategy=ddp.strategy(t.strategy, False), precision=t.precision
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"trainer={{accelerator: {t.accelerator}, strategy: {t.strategy}}}: {reason}") from error
+    for name, node in plain(run.cfg.logger).items():
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if not isinstance(target, str):
+            raise UserError(
+                f"logger.{name} is no logger: it needs {name}._target_; choose logger=[csv,wandb] or another"
+            )
+        find(target, f"logger.{name}")
+        if reason := misfit(node, (run.directory,), _about(run, 0)):
+            raise UserError(f"logger.{name}: {target} says: {reason}")
+    own = {target for target in _targets(plain(run.cfg)) if not target.startswith(("ultrarefiner.", "torch.optim."))}
+    if not own:
+        return
+    data, training = run.data, phase.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            phase.eval()
+            phase.terms(collate([data.dataset("train", augment=data.augment)[0]]))["loss"].item()
+            phase.masks(collate([data.dataset("val", native=True)[0]]))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of others raises
+        raise UserError(f"a first case fails: {told(error)}; look at {', '.join(sorted(own))}") from error
+    phase.train(training)
+
+
+def _targets(node: Any) -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == "_target_" and isinstance(value, str):
+            yield value
+        yield from _targets(value)
 
 
 def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
@@ -137,9 +187,10 @@ def _trainer(
     )
 
 
-def _loggers(run: Run, first_step: int) -> list[Logger]:
+def _about(run: Run, first_step: int) -> dict[str, Any]:
+    """What a logger is told of a run."""
     cfg = run.cfg
-    about = {
+    return {
         "name": run.title,
         "job_type": cfg.phase.name,
         "group": tracking.group(cfg),
@@ -147,6 +198,10 @@ def _loggers(run: Run, first_step: int) -> list[Logger]:
         "settings": run.settings,
         "first_step": first_step,
     }
+
+
+def _loggers(run: Run, first_step: int) -> list[Logger]:
     # Not recursive: the settings that go along name targets of their own.
     whole = {"_recursive_": False, "_convert_": "all"}
-    return [build(plain(node) | whole, f"logger.{name}", run.directory, **about) for name, node in cfg.logger.items()]
+    nodes = plain(run.cfg.logger).items()
+    return [build(node | whole, f"logger.{name}", run.directory, **_about(run, first_step)) for name, node in nodes]
