@@ -71,6 +71,11 @@ class Group:
         """What was measured."""
         return [mask for mask in MASKS if f"{mask}_dice" in self.rows[0]]
 
+    def metrics(self, mask: str) -> list[str]:
+        """What was measured of a mask."""
+        names = [name.removeprefix(f"{mask}_") for name in self.rows[0] if name.startswith(f"{mask}_")]
+        return [name for name in names if name != "px"]
+
     @property
     def last(self) -> str:
         """The mask that counts in the end."""
@@ -135,6 +140,11 @@ def _name(content: Mapping[str, Any], run: Found | None) -> str:
     if content["predictions"]:
         names.append(f"masks of {Path(content['predictions']).name}")
     return ", ".join(names) or Path(content["checkpoint"]).name
+
+
+def unfair(seen: Mapping[str, Any]) -> str:
+    """What is said of images that weights have seen, see "seen" in summary.json."""
+    return f"the weights have seen {seen['test_cases']} of the images before, such as {seen['first']}."
 
 
 def _of_run(run: Found) -> Result:
