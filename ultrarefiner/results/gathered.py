@@ -78,8 +78,9 @@ class Group:
 
     @property
     def last(self) -> str:
-        """The mask that counts in the end."""
-        return self.masks[-1]
+        """The mask that counts in the end, of those that all results have."""
+        common = [mask for mask in self.masks if all(f"{mask}_dice" in result.rows[0] for result in self.results)]
+        return (common or self.masks)[-1]
 
     @property
     def columns(self) -> list[str]:

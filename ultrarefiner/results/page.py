@@ -58,7 +58,7 @@ def content(folder: Path, runs: Sequence[Found], groups: Sequence[Group], most: 
 
 
 def _case(index: int, row: Row, group: Group, result: Result) -> Row:
-    dice = {mask: _or_none(row[f"{mask}_dice"]) for mask in group.masks}
+    dice = {mask: _or_none(row.get(f"{mask}_dice")) for mask in group.masks}
     distance = {mask: _or_none(row.get(f"{mask}_hd95")) for mask in group.masks}
     about = {name: row[name] for name in ("dataset", "patient", *group.columns) if row.get(name)}
     where = result.run.config if result.run is not None else result.about
