@@ -81,7 +81,7 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         "title": f"{cfg.predictions or file} on {data.reader.name} ({cfg.split}, fold {cfg.fold})",
         "checkpoint": None if file is None else str(file),
         **{name: cfg[name] for name in ("predictions", "fold", "split")},
-        "dataset": data.reader.name,
+        "dataset": cfg.dataset.name,
         "seen": seen,
         "settings": assessment.settings,
         "trained": said.get("config"),

@@ -136,7 +136,7 @@ def test_an_evaluation_adds_to_its_run(three, tmp_path):
     content = write_evaluation(run / "evaluation" / "own", patients(0), 1)
     write_evaluation(run / "evaluation" / "other", patients(7, 6, "busi"), 1, split="all")
     groups = {(g.setting.rpartition(" ")[2], g.data): g for g in gather(three)[1]}
-    assert {data for _, data in groups} == {"phantom", "busi (all)"} and len(groups) == 3
+    assert {data for _, data in groups} == {"phantom", "busi (all, fold 0)"} and len(groups) == 3
     own = next(g for g in groups.values() if len(g.results) == 2)
     assert own.masks == ["coarse", "refined", "accepted"] and "device" in own.columns and len(own.rows) == 24
     tables = {one.name: one for one in report.tables_of(list(groups.values()))}
@@ -155,7 +155,9 @@ def test_masks_of_another_tool_stand_beside_the_runs(three, tmp_path):
     groups = gather(three)[1]
     assert "masks of nnunet" in {g.setting for g in groups}
     pairs = [row for row in report.between(groups).rows if "nnunet" in row["setting"] + row["minus"]]
-    assert not pairs  # another split of another data set than "phantom" is named "phantom (test)"
+    assert len(pairs) == 2 and {row["cases"] for row in pairs} == {12}
+    change = np.subtract(scores(0, 3, "refined"), scores(0, 2, "refined"))
+    assert any(abs(abs(row["mean"]) - abs(change.mean())) < 1e-12 for row in pairs)
 
 
 def test_the_list_tells_how_far_and_how_good(tmp_path, call):

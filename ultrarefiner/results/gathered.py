@@ -108,15 +108,12 @@ def gather(folder: Path) -> tuple[list[Found], list[Group]]:
     for directory, content in evaluations_in(folder):
         file = Path(content["checkpoint"] or directory).resolve()
         run = next((places[p] for p in (*directory.resolve().parents, *file.parents) if p in places), None)
-        one = Result(
-            _name(content, run), content["dataset"], read_csv(directory / "cases.csv"), content, run, directory
-        )
+        rows = read_csv(directory / "cases.csv")
+        one = Result(_name(content, run), _data(content, run), rows, content, run, directory)
         if _is_own(content, run) and (mine := next((r for r in results if r.run is run and r.folder is None), None)):
             mine.add(one)
-            continue
-        if not _is_own(content, run):
-            one.data = f"{content['dataset']} ({content['split']})"
-        results.append(one)
+        else:
+            results.append(one)
     if not results:
         raise UserError(f"runs={folder} holds no finished run and no evaluation: `report list` shows what is there")
     groups: dict[tuple[str, str], Group] = {}
@@ -134,6 +131,14 @@ def _is_own(content: Mapping[str, Any], run: Found | None) -> bool:
         run.config["fold"],
         "test",
     )
+
+
+def _data(content: Mapping[str, Any], run: Found | None) -> str:
+    """On what an evaluation was made: the test cases of a data set where nothing else is said."""
+    strange = run is not None and content["dataset"] == run.config["dataset"]["name"] and not content["predictions"]
+    if content["split"] != "test" or (strange and not _is_own(content, run)):
+        return f"{content['dataset']} ({content['split']}, fold {content['fold']})"
+    return str(content["dataset"])
 
 
 def _name(content: Mapping[str, Any], run: Found | None) -> str:
