@@ -1,5 +1,6 @@
 """From the configuration of `evaluate` to a finished folder: which images, which masks, and have they been seen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +11,23 @@ from omegaconf import DictConfig
 from ultrarefiner.data.cache import shown
 from ultrarefiner.data.cases import PARTS, Case
 from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.folds import Split
+from ultrarefiner.data.mask_files import NamedMasks
 from ultrarefiner.data.seen import Seen
-from ultrarefiner.data.tool_masks import ToolMasks
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
 from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.models.sam_families import FAMILIES
+from ultrarefiner.results import report
 from ultrarefiner.results.assessment import Assessment, Drawn
+from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs import checkpoints, provenance
 from ultrarefiner.runs.build import build_fold, plain
 from ultrarefiner.runs.start import require_unseen
-from ultrarefiner.segmenter import Segmenter
+from ultrarefiner.segmenter import Segmenter, checkpoint_file
 
 FRAME = 224
 """Side of the frames in the cache where no checkpoint says another, px; nothing is measured on them."""
-
-
-class Artist:
-    """Draws the masks that are measured.
-
-    Args:
-        segmenter: None where a tool's masks are measured as they are.
-        tool: masks that take the coarse network's place.
-    """
-
-    def __init__(self, segmenter: Segmenter | None, tool: ToolMasks | None) -> None:
-        self.segmenter, self.tool, self.coarse_alone = segmenter, tool, None
-        if segmenter is not None and tool is None and segmenter.cascade.refiner is not None:
-            # The pipeline tells the coarse mask but not its probabilities; the coarse network is the cheap part of it.
-            alone = Cascade(segmenter.cascade.coarse)
-            self.coarse_alone = Segmenter(alone, segmenter.image_size, segmenter.coarse_size, str(segmenter.device))
-
-    def __call__(self, cases: list[Case], images: list[UInt8[np.ndarray, "H W"]]) -> list[Drawn]:
-        """The masks of some cases."""
-        given = None
-        if self.tool is not None:
-            given = [self.tool.read(case, image.shape) for case, image in zip(cases, images, strict=True)]
-        drawn: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [({}, {}, {}) for _ in cases]
-        for (masks, probs, _), prob in zip(drawn, given or (), strict=False):
-            masks["coarse"] = prob > 0.5
-            if ((prob > 0) & (prob < 1)).any():
-                probs["coarse"] = prob
-        if self.segmenter is not None:
-            for (masks, probs, about), found in zip(drawn, self.segmenter.batch(images, given), strict=True):
-                masks.setdefault("coarse", found.coarse)
-                if found.iou is None:
-                    probs["coarse"] = found.probability
-                else:
-                    masks["refined"] = found.mask
-                    probs["refined"] = found.probability
-                    about |= {"predicted_iou": found.iou, "uncertainty": found.uncertainty}
-        if self.coarse_alone is not None:
-            for (_, probs, _), found in zip(drawn, self.coarse_alone.batch(images), strict=True):
-                probs["coarse"] = found.probability
-        return [Drawn(*one) for one in drawn]
 
 
 def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
@@ -77,10 +42,11 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     if cfg.checkpoint is None and cfg.predictions is None:
         raise UserError("give checkpoint=RUN_OR_FILE, predictions=FOLDER with masks, or both to refine these masks")
     segmenter, file, said = None, None, {}
+    pipeline = {"lesions": cfg.lesions, "tta": plain(cfg.tta), "safety": plain(cfg.safety)}
     if cfg.checkpoint is not None:
-        segmenter = Segmenter.load(cfg.checkpoint, cfg.device)
-        path = Path(cfg.checkpoint).expanduser()
-        file = path / "checkpoints" / checkpoints.BEST if path.is_dir() else path
+        safety = Safety(**pipeline["safety"])
+        segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **pipeline | {"safety": safety})
+        file = checkpoint_file(cfg.checkpoint)
         said = checkpoints.said_of(file)
         if segmenter.cascade.coarse is None and cfg.predictions is None:
             raise UserError(
@@ -94,36 +60,87 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     if not cases:
         raise UserError(f"{data.reader.name} has no {cfg.split} cases in fold={cfg.fold}: give another split")
     seen = _seen(cfg, data, parts, segmenter, said)
-    tool = None if cfg.predictions is None else ToolMasks(cfg.predictions, cases)
+    tool = None if cfg.predictions is None else _tool(cfg, data, cases)
     settings = {
         "checkpoint": None if file is None else sha256(file),
         "predictions": None if tool is None else str(tool.folder.resolve()),
         "data": data.store.fingerprint,
+        **(pipeline if segmenter else {}),
     }
     measured = {name: plain(cfg[name]) for name in ("tolerances", "tolerances_mm", "spacing")}
     assessment = Assessment(folder, settings, **measured, keep_pictures=cfg.pictures)
-    marks = {case.key: sha256(tool.paths[case.key]) if tool else "" for case in cases}
+    marks = {case.key: sha256(tool.parts["test"][case.key][0]) if tool else "" for case in cases}
     todo = [case for case in cases if not assessment.has(case, marks[case.key])]
-    artist = Artist(segmenter, tool)
-    for start in shown(range(0, len(todo), cfg.batch_size), -(-len(todo) // cfg.batch_size), "Measuring"):
-        some = todo[start : start + cfg.batch_size]
+    batches = [todo[start : start + cfg.batch_size] for start in range(0, len(todo), cfg.batch_size)]
+    draw = Artist(segmenter, tool)
+    for some in shown(batches, len(batches), "Measuring"):
         images, truths = map(list, zip(*map(data.reader.read, some), strict=True))
-        for case, image, truth, drawn in zip(some, images, truths, artist(some, images), strict=True):
+        for case, image, truth, drawn in zip(some, images, truths, draw(some, images), strict=True):
             assessment.add(case, image, truth, drawn, marks[case.key])
     about = {
         "title": f"{cfg.predictions or file} on {data.reader.name} ({cfg.split}, fold {cfg.fold})",
         "checkpoint": None if file is None else str(file),
-        "predictions": cfg.predictions,
-        "dataset": data.reader.name,
-        "fold": cfg.fold,
-        "split": cfg.split,
+        **{name: cfg[name] for name in ("predictions", "fold", "split")},
+        "dataset": cfg.dataset.name,
         "seen": seen,
         "settings": assessment.settings,
         "trained": said.get("config"),
         "environment": provenance.environment(),
-        "config": plain(cfg),
     }
-    return assessment.finish(cases, about, lambda case: data.reader.read(case)[0]), folder
+    content = assessment.finish(cases, about, lambda case: data.reader.read(case)[0])
+    report.write_markdown(folder, content)
+    return content, folder
+
+
+class Artist:
+    """Draws the masks that are measured.
+
+    Args:
+        segmenter: None where a tool's masks are measured as they are.
+        tool: masks that take the coarse network's place.
+    """
+
+    def __init__(self, segmenter: Segmenter | None, tool: NamedMasks | None) -> None:
+        self.segmenter, self.tool, self.coarse = segmenter, tool, None
+        if segmenter is not None and tool is None and segmenter.cascade.refiner is not None:
+            # The pipeline tells the coarse mask but not its probabilities; the coarse network is the cheap part of it.
+            sizes = segmenter.image_size, segmenter.coarse_size
+            self.coarse = Segmenter(Cascade(segmenter.cascade.coarse), *sizes, str(segmenter.device))
+
+    def __call__(self, cases: Sequence[Case], images: Sequence[UInt8[np.ndarray, "_ _"]]) -> list[Drawn]:
+        """The masks of some cases."""
+        drawn = [Drawn({}, {}, {}) for _ in cases]
+        given = None
+        if self.tool is not None:
+            given = [self.tool.native(case, image.shape) for case, image in zip(cases, images, strict=True)]
+            for one, prob in zip(drawn, given, strict=True):
+                one.masks["coarse"] = prob > 0.5
+                if ((prob > 0) & (prob < 1)).any():
+                    one.probs["coarse"] = prob
+        if self.coarse is not None:
+            for one, found in zip(drawn, self.coarse.batch(images), strict=True):
+                one.probs["coarse"] = found.probability
+        if self.segmenter is None:
+            return drawn
+        redraws = self.segmenter.cascade.refiner is not None
+        for one, found in zip(drawn, self.segmenter.batch(images, given), strict=True):
+            one.masks.setdefault("coarse", found.coarse)
+            one.probs["accepted" if redraws else "coarse"] = found.probability
+            if redraws:
+                one.masks["refined"] = found.coarse if found.refined is None else found.refined
+                one.masks["accepted"] = found.mask
+                one.about.update(predicted_iou=found.iou, uncertainty=found.uncertainty, rejected=found.reason)
+        return drawn
+
+
+def _tool(cfg: DictConfig, data: DataModule, cases: Sequence[Case]) -> NamedMasks:
+    """The masks of these cases in a folder."""
+    folder = Path(cfg.predictions).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"predictions={folder} is no folder: give the one that holds the masks")
+    tool = NamedMasks(folder, key="predictions")
+    tool.check(Split((), (), tuple(cases)), data.coarse_size, data.sizes)
+    return tool
 
 
 def _folder(cfg: DictConfig, file: Path | None) -> Path:
@@ -135,15 +152,16 @@ def _folder(cfg: DictConfig, file: Path | None) -> Path:
 
 
 def _seen(
-    cfg: DictConfig, data: DataModule, parts: tuple[str, ...], segmenter: Segmenter | None, said: dict[str, Any]
+    cfg: DictConfig, data: DataModule, parts: Sequence[str], segmenter: Segmenter | None, said: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The images that the checkpoint knows, its own training's and a publisher's, for every table."""
-    if segmenter is None:
+    """The images that the checkpoint knows, of its own training and of a publisher's, for every table."""
+    if segmenter is None or not said:
         return None
-    seen = Seen.of_lists(said["seen"]) if said else Seen()
+    seen = Seen.of_lists(said["seen"])
     known = require_unseen(data, parts, f"checkpoint={cfg.checkpoint}", seen, cfg.allow_seen)
-    refiner = segmenter.cascade.refiner
-    published = getattr(refiner.sam, "trained_on", ()) if refiner is not None else ()
+    sam = said["config"]["model"]["sam"]
+    from_publisher = segmenter.cascade.refiner is not None and not sam.get("random_init")
+    published = FAMILIES[sam["family"]].trained_on if from_publisher and sam.get("family") in FAMILIES else ()
     known += [case for part in parts for case in data.split.part(part) if case.dataset in published]
     found = {case.key: case for case in known}
-    return {"cases": len(found), "first": next(iter(found.values())).id} if found else None
+    return {"test_cases": len(found), "first": next(iter(found.values())).id} if found else None

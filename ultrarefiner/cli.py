@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config, config_after, settings
+from ultrarefiner import config, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -54,7 +54,6 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         return
     sys.argv[1:] = map(_quoted, sys.argv[1:])
     config.register()
-    config_after.register()
     Plugins.instance().register(ExperimentsPath)
     # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.
     os.environ["HYDRA_FULL_ERROR"] = "1"

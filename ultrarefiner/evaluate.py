@@ -3,11 +3,18 @@
 Whatever needs torch is imported where it is used, so that `--help`, `--cfg job` and completion are quick.
 """
 
-from omegaconf import DictConfig
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
 
 from ultrarefiner import cli
+from ultrarefiner.config import DatasetConfig
+from ultrarefiner.results.safety import Safety
+from ultrarefiner.settings import setting
 
-GROUPS = {"dataset": "which images"}
+GROUPS = {"dataset": "which images", "safety": "which redrawn masks are rejected"}
 
 INTRODUCTION = """\
 Measure the masks of a checkpoint, or of any other tool, against those of a data set.
@@ -34,6 +41,30 @@ Values
   --cfg job              print the composed configuration and all other keys"""
 
 
+@dataclass
+class EvaluateConfig:
+    """How good masks are; conf/evaluate.yaml says what the keys mean."""
+
+    dataset: DatasetConfig = MISSING
+    data_root: str | None = None
+    output_root: str = "outputs"
+    checkpoint: str | None = None
+    predictions: str | None = None
+    fold: int | None = setting(None, at_least=0)
+    split: str = setting("test", one_of=("test", "val", "train", "all"))
+    output: str | None = None
+    allow_seen: bool = False
+    spacing: float | None = setting(None, above=0)
+    tolerances: list[float] = MISSING
+    tolerances_mm: list[float] = MISSING
+    lesions: str = setting("together", one_of=("together", "each"))
+    tta: Any = None
+    safety: Safety = field(default_factory=Safety)
+    batch_size: int = setting(4, at_least=1)
+    device: str = "auto"
+    pictures: bool = True
+
+
 def help_text() -> str:
     """The help page."""
     return cli.help_page(INTRODUCTION, GROUPS, VALUES)
@@ -57,6 +88,8 @@ def _evaluate(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console script `ultrarefiner-evaluate`."""
+    ConfigStore.instance().store(name="schema_evaluate", node=EvaluateConfig)
+    cli.quote_paths("checkpoint", "predictions", "data_root", "output", "output_root")
     cli.launch(_evaluate, "evaluate", help_text)
 
 

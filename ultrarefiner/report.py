@@ -5,11 +5,14 @@ Whatever needs torch is imported where it is used, so that `--help`, `--cfg job`
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from ultrarefiner import cli
+from ultrarefiner.settings import setting
 
 INTRODUCTION = """\
 Compare runs: a page that needs no network (index.html), and its tables as CSV, Markdown and LaTeX.
@@ -28,6 +31,18 @@ Values
   pictures=300      at most so many images in the page
   gallery=6         cases of each kind in the galleries
   --cfg job         print the composed configuration"""
+
+
+@dataclass
+class ReportConfig:
+    """What came out of several runs; conf/report.yaml says what the keys mean."""
+
+    runs: str = "outputs"
+    output: str = "report"
+    list: bool = False
+    title: str = "UltraRefiner"
+    pictures: int = setting(300, at_least=0)
+    gallery: int = setting(6, at_least=1)
 
 
 def help_text() -> str:
@@ -57,6 +72,8 @@ def main() -> None:
     """Console script `ultrarefiner-report`."""
     if sys.argv[1:2] == ["list"]:
         sys.argv[1] = "list=true"
+    ConfigStore.instance().store(name="schema_report", node=ReportConfig)
+    cli.quote_paths("runs", "output", "title")
     cli.launch(_report, "report", help_text)
 
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_layouts import SHARED, disc, needs_busbra, needs_busi, save, texture, write_busbra, write_busi, write_folder
+from data_layouts import (
+    SHARED,
+    disc,
+    needs_busbra,
+    needs_busi,
+    save,
+    texture,
+    write_busbra,
+    write_busi,
+    write_folder,
+    write_table,
+)
 from ultrarefiner.data.images import load_image, load_mask, mask_to_square, to_square
 from ultrarefiner.data.readers import Bus, BusBra, Busi, BusUc, BusUclm, Combined, FileReader, Folder, Udiat
 from ultrarefiner.errors import UserError
@@ -291,3 +302,18 @@ def test_cases_do_not_depend_on_the_order_of_the_folder(tmp_path, monkeypatch):
     original = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(original(self))))
     assert [case.id for case in Folder(root).cases()] == expected
+
+
+def test_what_else_the_publisher_says_goes_along(tmp_path):
+    root = write_busbra(tmp_path / "BUSBRA")
+    assert BusBra(root).cases()[0].about == ()  # a copy without these columns
+    rows = [line.split(",") for line in (root / "bus_data.csv").read_text().split()]
+    write_table(root / "bus_data.csv", [*rows[0], "BIRADS", "Device"], [[*row, 4, "GE"] for row in rows[1:]])
+    assert BusBra(root).cases()[0].about == (("birads", "4"), ("device", "GE"))
+    root = write_folder(tmp_path / "mine", 2)
+    rows = [[f"case_{i}", 1, "", "A", 0.1] for i in (0, 1)]
+    write_table(root / "t.csv", ["id", "patient", "label", "device", "spacing"], rows)
+    (first, _) = Folder(root, table="t.csv", about_columns=["device", "spacing"]).cases()
+    assert first.about == (("device", "A"), ("spacing", "0.1"))
+    with pytest.raises(UserError, match="no column probe"):
+        Folder(root, table="t.csv", about_columns=["probe"]).cases()

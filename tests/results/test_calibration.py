@@ -1,5 +1,7 @@
 """Calibration against plain numpy over all pixels at once."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -66,3 +68,16 @@ def test_memory_does_not_grow():
         found.add(prob, truth)
         sizes.append(sum(np.asarray(value).nbytes for value in vars(found).values()))
     assert len(set(sizes)) == 1
+
+
+def test_sums_of_parts_are_the_whole():
+    rng = np.random.default_rng(3)
+    maps = [rng.random((5, n)).astype(np.float32) for n in (4, 9, 2)]
+    truths = [rng.random(one.shape) < one for one in maps]
+    whole, parts = Reliability(), Reliability()
+    for prob, truth in zip(maps, truths, strict=True):
+        whole.add(prob, truth)
+        one = Reliability()
+        one.add(prob, truth)
+        parts.add_sums(json.loads(json.dumps(one.sums())))
+    np.testing.assert_allclose(np.hstack(parts.result()), np.hstack(whole.result()), rtol=1e-12)

@@ -128,3 +128,42 @@ def test_groups_and_terciles():
     sizes = {name: [row["lesion_px"] for row in some] for name, some in statistics.terciles(rows).items()}
     assert sizes == {"small": ["10", "20"], "medium": ["30", "40"], "large": ["50", "60"]}
     assert statistics.terciles(rows[:1]) == {}
+
+
+def runs_of(*values_of: list[float], metric: str = "refined_dice") -> list[list[dict]]:
+    """Rows of several runs, two cases of each patient."""
+    return [
+        [{"dataset": "d", "id": f"{r}-{i}", "patient": f"{r}-{i // 2}", metric: value} for i, value in enumerate(some)]
+        for r, some in enumerate(values_of)
+    ]
+
+
+def test_over_runs_is_over_their_means_and_over_all_cases():
+    some = [[0.8, 0.9, 0.7, 0.6], [0.5, 0.9]]
+    runs = [*runs_of(*some), [{"dataset": "d", "id": "x", "patient": "", "coarse_dice": 1.0}]]
+    found = statistics.over_runs(runs, "refined_dice")
+    means = [np.mean(values) for values in some]
+    assert (found["runs"], found["cases"]) == (2, 6)
+    np.testing.assert_allclose([found["mean"], found["sd"]], [np.mean(means), np.std(means, ddof=1)])
+    np.testing.assert_allclose([found["case_mean"], found["case_median"]], [np.mean(np.hstack(some)), 0.75])
+    assert statistics.over_runs(runs, "other")["runs"] == 0
+
+
+@pytest.mark.parametrize(("metric", "better"), [("dice", 2 / 3), ("hd95", 1 / 3)])
+def test_change_knows_distances(metric, better):
+    rows = [
+        {"dataset": "d", "id": str(i), "patient": str(i), f"coarse_{metric}": a, f"refined_{metric}": b}
+        for i, (a, b) in enumerate([(5.0, 8.0), (5.0, 5.5), (5.0, 2.0)])
+    ]
+    found = statistics.change(rows, f"coarse_{metric}", f"refined_{metric}")  # a distance of 0.5 px is no change
+    assert found.better == pytest.approx(better) and found.mean == pytest.approx(1 / 6)
+
+
+def test_breakdowns_leave_out_what_tells_nothing_apart():
+    rows = [{"lesion_px": 10 * i, "label": "ab"[i % 2], "device": "one", "empty": ""} for i in range(1, 7)]
+    found = statistics.breakdowns(rows, ("label", "device", "empty"))
+    assert {name: {k: len(v) for k, v in some.items()} for name, some in found.items()} == {
+        "size": {"small": 2, "medium": 2, "large": 2},
+        "label": {"a": 3, "b": 3},
+    }
+    assert statistics.breakdowns([{"label": "a"}, {"label": "b"}], ("label",)).keys() == {"label"}

@@ -129,13 +129,18 @@ class DataModule(pl.LightningDataModule):
         if leaks:
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
         if self.masks is not None:
-            sizes = {case.key: (entry.width, entry.height) for case, entry in zip(cases, index.entries, strict=True)}
-            self.masks.check(split, self.coarse_size, sizes)
+            self.masks.check(split, self.coarse_size, self.sizes)
             if isinstance(self.masks, NamedMasks) and ranks.rank() == 0:
                 truth = self._source.coarse.mask
                 place = self._source.positions
                 self.masks.warn({part: {c.key: truth(place[c.key]) for c in split.part(part)} for part in PARTS[:2]})
         return split
+
+    @property
+    def sizes(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """`Case.key` → width and height of its image, px."""
+        cases, index = self._usable
+        return {case.key: (entry.width, entry.height) for case, entry in zip(cases, index.entries, strict=True)}
 
     def marks(self, part: str) -> list[str]:
         """By what the images of a part are recognised, see `seen`."""

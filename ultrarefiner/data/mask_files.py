@@ -94,11 +94,12 @@ class MaskFiles:
         bare = [case.id for case in split.part(part) if case.key not in self.parts.get(part, {})]
         if bare:
             raise UserError(
-                f"phase.masks={self.folder} has no mask for {len(bare)} of the {len(split.part(part))} cases of "
+                f"{self.key}={self.folder} has no mask for {len(bare)} of the {len(split.part(part))} cases of "
                 f"part {part}, the first is {bare[0]}; {self.remedy}"
             )
 
     remedy = f"{_MORE}, with more samples"
+    key = "phase.masks"
 
     def draw(self, case: Case, part: str, seed: int, size: int) -> Float32[np.ndarray, "C C"]:
         """One of a case's masks, chosen by the seed, as probability at ``size`` px."""
@@ -118,10 +119,11 @@ class NamedMasks(MaskFiles):
 
     Args:
         folder: where they lie, in any subfolder.
+        key: by which the folder was given.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.parts, self.largest = folder, {}, 1
+    def __init__(self, folder: Path, key: str = "phase.masks") -> None:
+        self.folder, self.parts, self.largest, self.key = folder, {}, 1, key
         self.remedy = f"a file needs the case's name and one of {', '.join(ENDINGS)}, or the folder a table {TABLE}"
 
     def check(self, split: Split, size: int, native: Mapping[Key, Size]) -> None:
@@ -149,12 +151,12 @@ class NamedMasks(MaskFiles):
                 _check_size(path, values.shape[::-1], size, native[key])
                 most = max(most, float(values.max()))
             if found and most == 0:
-                raise UserError(f"phase.masks={self.folder}: all {len(found)} masks of part {part} are empty")
+                raise UserError(f"{self.key}={self.folder}: all {len(found)} masks of part {part} are empty")
             highest = max(highest, most)
         self.largest = next((number for number in LARGEST if highest <= number), 0)
         if highest * 2 < self.largest or not self.largest:
             raise UserError(
-                f"phase.masks={self.folder}: the largest number in all masks is {highest:g}; give masks of 0 and 1 or "
+                f"{self.key}={self.folder}: the largest number in all masks is {highest:g}; give masks of 0 and 1 or "
                 "of 0 and 255, probabilities from 0 to 1, or grey values whose largest stands for probability 1"
             )
 
@@ -162,7 +164,7 @@ class NamedMasks(MaskFiles):
         for case in cases:
             found = named.get(stem_key(case.id), [])
             if len({path.parent for path in found}) > 1:
-                raise UserError(f"phase.masks: {found[0]} and {found[1]} are both of {case.id}: keep one of them")
+                raise UserError(f"{self.key}: {found[0]} and {found[1]} are both of {case.id}: keep one of them")
             if found:
                 yield case.key, found[:1]
 
@@ -194,6 +196,11 @@ class NamedMasks(MaskFiles):
                 self.folder,
                 known,
             )
+
+    def native(self, case: Case, shape: tuple[int, ...]) -> Float32[np.ndarray, "H W"]:
+        """The mask of a test case as probability, at the size (height, width) of its image."""
+        values = self._read(self.parts["test"][case.key][0])
+        return values if values.shape == shape else cv2.resize(values, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
     def _read(self, path: Path) -> Float32[np.ndarray, "H W"]:
         return np.asarray(read_map(path) / np.float32(self.largest))

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from ultrarefiner.data.cases import Case
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import write_atomically, write_csv
-from ultrarefiner.results import charts, lesions, metrics, outlines, pictures, statistics, tables
+from ultrarefiner.results import charts, lesions, metrics, outlines, pictures, statistics
 from ultrarefiner.results.calibration import Calibration, Reliability
 
 KIND = "evaluation"
@@ -39,9 +39,9 @@ class Drawn(NamedTuple):
         about: further columns of the case, such as its uncertainty.
     """
 
-    masks: Mapping[str, Bool[np.ndarray, "H W"]]
-    probs: Mapping[str, Float[np.ndarray, "H W"]]
-    about: Mapping[str, Any]
+    masks: dict[str, Bool[np.ndarray, "H W"]]
+    probs: dict[str, Float[np.ndarray, "H W"]]
+    about: dict[str, Any]
 
 
 def picture_name(dataset: str, id: str) -> str:
@@ -170,7 +170,6 @@ class Assessment:
             coarse, refined = ([row[f"{name}_dice"] for row in rows] for name in ("coarse", "refined"))
             charts.scatter(coarse, refined, self.folder / "scatter.png")
         self._sheet(cases, rows, names, read)
-        write_atomically(self.folder / "tables.md", as_markdown(content).encode())
         write_atomically(self.folder / "summary.json", json.dumps(content, indent=2).encode())
         return content
 
@@ -236,8 +235,7 @@ def summarise(
     Returns:
         "cases", "patients", "columns"; "masks": of each mask "lesion" and "normal" (see `metrics.summarise`), "over"
         (each metric over the images with a lesion, see `statistics.over_cases`), "lesions" (see `lesions.summarise`)
-        and "calibration"; "differences" of Dice to the coarse mask (see `statistics.paired`), and "by": column → group
-        → mask → its Dice.
+        and "calibration"; "differences" of Dice to the coarse mask (see `statistics.paired`).
     """
     rows = list(rows)
     with_lesion = [row for row in rows if float(row["lesion_px"]) > 0]
@@ -252,7 +250,6 @@ def summarise(
             "lesions": lesions.summarise(lesions_of(row, name) for row in rows),
             "calibration": reliabilities[name]._asdict() if name in reliabilities else None,
         }
-    by = statistics.breakdowns(with_lesion, columns)
     return {
         "cases": len(rows),
         "patients": len({(row["dataset"], row["patient"] or row["id"]) for row in rows}),
@@ -263,66 +260,7 @@ def summarise(
             for name in names
             if name != "coarse"
         },
-        "by": {
-            column: {
-                group: {name: statistics.over_cases(some, f"{name}_dice")._asdict() for name in names}
-                for group, some in found.items()
-            }
-            for column, found in by.items()
-        },
     }
-
-
-def as_markdown(content: Mapping[str, Any]) -> str:
-    """The tables of a summary."""
-    masks = content["masks"]
-    stamp = f"\n\n**Not a fair test:** {seen_text(content['seen'])}" if content.get("seen") else ""
-    parts = [f"# {tables.one_line(content['title'])}{stamp}"]
-    over = [
-        {"metric": metric}
-        | {
-            name: tables.with_interval(masks[name]["over"][metric], 2 if "hd95" in metric or "assd" in metric else 4)
-            for name in masks
-        }
-        for metric in next(iter(masks.values()), {"over": ()})["over"]
-    ]
-    cases = [
-        {"mask": name, "with a lesion": m["lesion"]["cases"], "of them missed": m["lesion"]["missed"]}
-        | {"normal": m["normal"]["cases"], "of them clean": m["normal"]["clean"]}
-        for name, m in masks.items()
-    ]
-    single = [
-        {"mask": name} | {key.replace("_", " "): value for key, value in m["lesions"].items()}
-        for name, m in masks.items()
-    ]
-    sure = [
-        {"mask": name} | {k: m["calibration"][k] for k in ("pixels", "ece", "brier")}
-        for name, m in masks.items()
-        if m["calibration"]
-    ]
-    by = [
-        {"by": column, "group": group, "cases": next(iter(found.values()))["cases"]}
-        | {name: tables.with_interval(value, 4) for name, value in found.items()}
-        for column, groups in content["by"].items()
-        for group, found in groups.items()
-    ]
-    paired = [tables.difference(name, change) for name, change in content["differences"].items()]
-    for title, rows in (
-        ("Images with a lesion: mean [95 % over patients]", over),
-        ("Changes", paired),
-        ("Images", cases),
-        ("Lesion by lesion", single),
-        ("Calibration", sure),
-        ("Dice by group", by),
-    ):
-        if rows:
-            parts.append(f"## {title}\n\n{tables.markdown(rows)}")
-    return "\n\n".join(parts) + "\n"
-
-
-def seen_text(seen: Mapping[str, Any]) -> str:
-    """What a table says of images that weights have seen."""
-    return f"the weights have seen {seen['cases']} of these images before, such as {tables.one_line(seen['first'])}."
 
 
 def _spacing(case: Case, text: str | None) -> float | None:

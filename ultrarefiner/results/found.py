@@ -21,7 +21,7 @@ OVER_RUNS = ("fold", "seed")
 """What runs of one setting differ in."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Found:
     """One run.
 

@@ -71,10 +71,16 @@ class Group:
         """What was measured."""
         return [mask for mask in MASKS if f"{mask}_dice" in self.rows[0]]
 
+    def metrics(self, mask: str) -> list[str]:
+        """What was measured of a mask."""
+        names = [name.removeprefix(f"{mask}_") for name in self.rows[0] if name.startswith(f"{mask}_")]
+        return [name for name in names if name != "px"]
+
     @property
     def last(self) -> str:
-        """The mask that counts in the end."""
-        return self.masks[-1]
+        """The mask that counts in the end, of those that all results have."""
+        common = [mask for mask in self.masks if all(f"{mask}_dice" in result.rows[0] for result in self.results)]
+        return (common or self.masks)[-1]
 
     @property
     def columns(self) -> list[str]:
@@ -102,15 +108,12 @@ def gather(folder: Path) -> tuple[list[Found], list[Group]]:
     for directory, content in evaluations_in(folder):
         file = Path(content["checkpoint"] or directory).resolve()
         run = next((places[p] for p in (*directory.resolve().parents, *file.parents) if p in places), None)
-        one = Result(
-            _name(content, run), content["dataset"], read_csv(directory / "cases.csv"), content, run, directory
-        )
+        rows = read_csv(directory / "cases.csv")
+        one = Result(_name(content, run), _data(content, run), rows, content, run, directory)
         if _is_own(content, run) and (mine := next((r for r in results if r.run is run and r.folder is None), None)):
             mine.add(one)
-            continue
-        if not _is_own(content, run):
-            one.data = f"{content['dataset']} ({content['split']})"
-        results.append(one)
+        else:
+            results.append(one)
     if not results:
         raise UserError(f"runs={folder} holds no finished run and no evaluation: `report list` shows what is there")
     groups: dict[tuple[str, str], Group] = {}
@@ -130,11 +133,24 @@ def _is_own(content: Mapping[str, Any], run: Found | None) -> bool:
     )
 
 
+def _data(content: Mapping[str, Any], run: Found | None) -> str:
+    """On what an evaluation was made: the test cases of a data set where nothing else is said."""
+    strange = run is not None and content["dataset"] == run.config["dataset"]["name"] and not content["predictions"]
+    if content["split"] != "test" or (strange and not _is_own(content, run)):
+        return f"{content['dataset']} ({content['split']}, fold {content['fold']})"
+    return str(content["dataset"])
+
+
 def _name(content: Mapping[str, Any], run: Found | None) -> str:
     names = [] if run is None else [run.setting]
     if content["predictions"]:
         names.append(f"masks of {Path(content['predictions']).name}")
     return ", ".join(names) or Path(content["checkpoint"]).name
+
+
+def unfair(seen: Mapping[str, Any]) -> str:
+    """What is said of images that weights have seen, see "seen" in summary.json."""
+    return f"the weights have seen {seen['test_cases']} of the images before, such as {seen['first']}."
 
 
 def _of_run(run: Found) -> Result:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ultrarefiner.config import Config
 from ultrarefiner.files import number, read_csv
-from ultrarefiner.results import assessment, claim, outlines, pictures, statistics
+from ultrarefiner.results import assessment, outlines, pictures, statistics
 from ultrarefiner.results.found import OVER_RUNS, Found, differing
-from ultrarefiner.results.gathered import Group, Result
+from ultrarefiner.results.gathered import Group, Result, unfair
 from ultrarefiner.settings import comparable
 
 Row = dict[str, Any]
@@ -39,29 +39,26 @@ def content(folder: Path, runs: Sequence[Found], groups: Sequence[Group], most: 
         shown.append(_shown(group, mine, {symbol["case"] for symbol in symbols}, gallery))
     chosen = {case["index"] for group in shown for some in group["galleries"].values() for case in some}
     finished = [run for run in runs if run.counts]
-    flat = [
-        {key: value for key, value in comparable(run.config, Config).items() if key not in OVER_RUNS}
-        for run in finished
-    ]
+    flat = [comparable(run.config, Config) for run in finished]
+    curves = {run: run.directory / "curves.png" for run in runs}
     return {
-        "folder": str(folder),
+        "folder": folder,
         "groups": shown,
         "cases": cases,
         "images": _images(symbols, chosen, most),
         "symbols": symbols,
         "outlined": list(dict.fromkeys(name for symbol in symbols for name in symbol["outlines"])),
-        "runs": [_run(run, folder) for run in runs],
-        "finished": [run.directory.relative_to(folder).as_posix() for run in finished],
-        "differing": [(key, [settings.get(key, "–") for settings in flat]) for key in differing(flat)],
-        "sentences": [text for group in groups for text in _sentences(group)],
-        "unfair": sorted({_unfair(result) for group in groups for result in group.results if result.about.get("seen")}),
+        "runs": [(run, embedded(path) if path.is_file() else None) for run, path in curves.items()],
+        "finished": finished,
+        "differing": [
+            (key, [settings.get(key, "–") for settings in flat]) for key in differing(flat) if key not in OVER_RUNS
+        ],
         "charts": _charts(groups, finished),
-        "claim": claim.filled(finished, groups),
     }
 
 
 def _case(index: int, row: Row, group: Group, result: Result) -> Row:
-    dice = {mask: _or_none(row[f"{mask}_dice"]) for mask in group.masks}
+    dice = {mask: _or_none(row.get(f"{mask}_dice")) for mask in group.masks}
     distance = {mask: _or_none(row.get(f"{mask}_hd95")) for mask in group.masks}
     about = {name: row[name] for name in ("dataset", "patient", *group.columns) if row.get(name)}
     where = result.run.config if result.run is not None else result.about
@@ -119,11 +116,13 @@ def _shown(group: Group, cases: Sequence[Row], drawn: set[int], gallery: int) ->
     found["Worst"] = sorted(seen, key=lambda case: case["dice"][last])[:gallery]
     lowest = min((min(case["dice"]["coarse"], case["dice"][last]) for case in both), default=0.0)
     sheets = [result.run.directory / "overlays.png" for result in group.results if result.run and not result.folder]
+    change = statistics.change(group.rows, "coarse_dice", f"{last}_dice") if both else None
     return {
-        "setting": group.setting,
-        "data": group.data,
-        "masks": group.masks,
-        "last": last,
+        "group": group,
+        "by": list(statistics.breakdowns(group.rows, group.columns)),
+        "unfair": [unfair(result.about["seen"]) for result in group.results if result.about.get("seen")],
+        "dice": statistics.over_cases(group.rows, f"{last}_dice"),
+        "change": change,
         "cases": cases,
         "galleries": {title: some for title, some in found.items() if some},
         "scatter": [{"case": case, "better": _better(case, last)} for case in both],
@@ -141,26 +140,6 @@ def embedded(path: Path) -> str:
     """A picture's file as an address that holds it."""
     kind = "png" if path.suffix == ".png" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _sentences(group: Group) -> list[str]:
-    """What came out, for those who read nothing else."""
-    dice = statistics.over_cases(group.rows, f"{group.last}_dice")
-    start = f"{group.setting}, tested on {group.data}: "
-    if group.last == "coarse" or "coarse" not in group.masks:
-        return [f"{start}Dice {dice.mean:.3f} [{dice.low:.3f}, {dice.high:.3f}] on {dice.cases} images."]
-    change = statistics.change(group.rows, "coarse_dice", f"{group.last}_dice")
-    return [
-        f"{start}refining changed the Dice by {change.mean:+.4f} [{change.low:+.4f}, {change.high:+.4f}] to "
-        f"{dice.mean:.3f}, on {change.cases} images of {change.patients} patients; {change.better:.0%} of the images "
-        f"became better by more than {statistics.MARGIN:g}, {change.worse:.0%} worse."
-    ]
-
-
-def _unfair(result: Result) -> str:
-    seen = result.about["seen"]
-    count = seen.get("cases", seen.get("test_cases"))
-    return f"{result.setting}: the weights have seen {count} of the test images before, such as {seen['first']}."
 
 
 def _charts(groups: Sequence[Group], finished: Sequence[Found]) -> list[Row]:
@@ -213,26 +192,3 @@ def _chart(title: str, x: str, y: str, lines: Sequence[tuple[str, Sequence[tuple
 
     about = {"title": title, "x": x, "y": y, "series": series, "range": (low, high, bottom, 1.0), "diagonal": square}
     return about | {"x_ticks": ticks(low, high), "y_ticks": ticks(bottom, 1.0)}
-
-
-def _run(run: Found, folder: Path) -> Row:
-    """Where a result comes from."""
-    about: Row = {
-        "directory": run.directory.relative_to(folder).as_posix(),
-        "setting": run.setting,
-        "status": run.status,
-    }
-    about |= {name: run.config.get(name, "") for name in OVER_RUNS}
-    about["epochs"] = f"{run.epochs} of {run.planned}"
-    curves = run.directory / "curves.png"
-    made = run.summary.get("environment", {})
-    if run.summary:
-        data = run.summary["data"]
-        about["best epoch"] = run.summary["best_epoch"] + 1
-        about |= {
-            f"{part} cases": f"{data[part]['cases']} of {data[part]['patients']} patients"
-            for part in ("train", "val", "test")
-        }
-    about |= {name: made[name] for name in ("commit", "python", "platform") if made.get(name)}
-    about["packages"] = ", ".join(f"{name} {version}" for name, version in made.get("packages", {}).items())
-    return {"about": about, "curves": embedded(curves) if curves.is_file() else None}

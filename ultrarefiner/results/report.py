@@ -1,12 +1,12 @@
 """Several runs as one page that needs no network, and as tables: what came out, is it better, where does it fail."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ultrarefiner.files import write_atomically, write_csv
+from ultrarefiner.files import read_csv, write_atomically, write_csv
 from ultrarefiner.results import assessment, lesions, page, statistics, tables
-from ultrarefiner.results.gathered import Group, gather
+from ultrarefiner.results.gathered import Group, Result, gather, unfair
 
 CHANGES = (
     ("coarse", "refined"),
@@ -14,9 +14,8 @@ CHANGES = (
     ("baseline_coarse", "coarse"),
     ("baseline_refined", "refined"),
 )
-COMPARED = ("dice", "hd95", "nsd_2px")
-NAMES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95 (px)", "assd": "ASSD (px)", "nsd_2px": "NSD at 2 px"}
-NAMES |= {"boundary_iou": "boundary IoU"}
+COMPARED = {"dice": "Dice", "hd95": "HD95 (px)", "nsd_2px": "NSD at 2 px"}
+MAIN = {"iou": "IoU", "hd95": "HD95 (px)", "assd": "ASSD (px)"}
 
 Row = dict[str, Any]
 
@@ -30,13 +29,25 @@ class Table(NamedTuple):
     shown: list[Row]
 
 
+def tables_of(groups: Sequence[Group]) -> list[Table]:
+    """All tables that have a row, with all columns in all of their rows."""
+    made = [part(groups) for part in (over_folds, further, changes, between, by_group, found_lesions)]
+    columns = {table.name: dict.fromkeys(name for row in table.shown for name in row) for table in made}
+    return [
+        table._replace(shown=[dict.fromkeys(columns[table.name]) | row for row in table.shown])
+        for table in made
+        if table.rows
+    ]
+
+
 def over_folds(groups: Sequence[Group]) -> Table:
     """Each setting and mask: the mean and spread over its runs, and over all cases."""
     rows, shown = [], []
     for group in groups:
         for mask in group.masks:
-            measured = {m: f"{mask}_{m}" for m in NAMES if f"{mask}_{m}" in group.rows[0]}
-            over = {m: statistics.over_runs([r.rows for r in group.results], column) for m, column in measured.items()}
+            over = {
+                m: statistics.over_runs([r.rows for r in group.results], f"{mask}_{m}") for m in group.metrics(mask)
+            }
             who = {"setting": group.setting, "tested on": group.data, "mask": mask}
             rows += [{**who, "metric": metric} | found for metric, found in over.items()]
             dice = over["dice"]
@@ -45,23 +56,32 @@ def over_folds(groups: Sequence[Group]) -> Table:
                 | {"runs": dice["runs"], "cases": dice["cases"], "Dice": _plus_minus(dice, 4)}
                 | {"of all cases [95 %]": "{case_mean:.4f} [{case_low:.4f}, {case_high:.4f}]".format(**dice)}
                 | {"median": f"{dice['case_median']:.4f}"}
-                | {
-                    NAMES[m]: _plus_minus(found, 2 if "(px)" in NAMES[m] else 4)
-                    for m, found in over.items()
-                    if m != "dice"
-                }
+                | {name: _plus_minus(over[m], 2 if "px" in name else 4) for m, name in MAIN.items() if m in over}
             )
     return Table("settings", "Settings over folds: mean ± standard deviation of the runs", rows, shown)
+
+
+def further(groups: Sequence[Group]) -> Table:
+    """What only an evaluation measures, over all cases."""
+    rows = []
+    for group in groups:
+        for mask in group.masks:
+            names = [metric for metric in group.metrics(mask) if metric not in ("dice", *MAIN)]
+            means = {name: statistics.over_cases(group.rows, f"{mask}_{name}", intervals=False).mean for name in names}
+            if means:
+                who = {"setting": group.setting, "tested on": group.data, "mask": mask}
+                rows.append(who | {name.replace("_", " "): mean for name, mean in means.items()})
+    return Table("metrics", "Further metrics: means over all cases", rows, rows)
 
 
 def changes(groups: Sequence[Group]) -> Table:
     """What refining, rejecting and training end to end changed, in each setting."""
     named = [
-        ({"setting": g.setting, "tested on": g.data, "metric": NAMES[metric], "change": f"{after} − {before}"},
+        ({"setting": g.setting, "tested on": g.data, "metric": name, "change": f"{after} − {before}"},
          statistics.change(g.rows, f"{before}_{metric}", f"{after}_{metric}"))
         for g in groups
         for before, after in CHANGES
-        for metric in COMPARED
+        for metric, name in COMPARED.items()
         if {f"{before}_{metric}", f"{after}_{metric}"} <= set(g.rows[0])
     ]  # fmt: skip
     return _compared("changes", "What refining changed, case by case", named)
@@ -147,27 +167,36 @@ def write(folder: Path, out: Path, title: str, most_pictures: int, gallery: int)
     import jinja2
 
     runs, groups = gather(folder)
-    made = [_even(part(groups)) for part in (over_folds, changes, between, by_group, found_lesions)]
+    made = tables_of(groups)
     for table in made:
-        if table.rows:
-            write_csv(out / f"{table.name}.csv", table.rows)
-            write_atomically(out / f"{table.name}.md", f"{tables.markdown(table.shown)}\n".encode())
-            write_atomically(out / f"{table.name}.tex", f"{tables.latex(table.shown)}\n".encode())
+        write_csv(out / f"{table.name}.csv", table.rows)
+        write_atomically(out / f"{table.name}.md", f"{tables.markdown(table.shown)}\n".encode())
+        write_atomically(out / f"{table.name}.tex", f"{tables.latex(table.shown)}\n".encode())
     who = ({"setting": g.setting, "tested_on": g.data} | row for g in groups for row in g.rows)
     write_csv(out / "cases.csv", who)
     content = page.content(folder, runs, groups, most_pictures, gallery)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    # What an older version did not write is left blank.
+    options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.ChainableUndefined, "trim_blocks": True}
+    environment = jinja2.Environment(loader=loader, **options)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     html = environment.get_template("report.html").render(title=title, tables=made, **content)
     write_atomically(out / "index.html", html.encode("utf-8", "backslashreplace"))
     return groups
 
 
-def _even(table: Table) -> Table:
-    """The table with all columns in all rows."""
-    columns = dict.fromkeys(name for row in table.shown for name in row)
-    return table._replace(shown=[dict.fromkeys(columns) | row for row in table.shown])
+def write_markdown(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the tables of one evaluation into its folder, from its cases.csv and what its summary.json says."""
+    result = Result(about["title"], about["dataset"], read_csv(folder / "cases.csv"), about, None, folder)
+    parts = [f"# {tables.one_line(about['title'])}"]
+    if about["seen"]:
+        parts.append(f"**Not a fair test:** {tables.markdown_text(unfair(about['seen']))}")
+    for table in tables_of([Group(result.setting, result.data, [result])]):
+        rows = [
+            {name: cell for name, cell in row.items() if name not in ("setting", "tested on")} for row in table.shown
+        ]
+        parts.append(f"## {table.caption}\n\n{tables.markdown(rows)}")
+    write_atomically(folder / "tables.md", "\n\n".join([*parts, ""]).encode())
 
 
 def _plus_minus(over: dict[str, float], digits: int) -> str:

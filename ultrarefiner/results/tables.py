@@ -86,9 +86,14 @@ def terminal(rows: Rows, columns: Sequence[Column] | None = None, title: str = "
 def markdown(rows: Rows, columns: Sequence[Column] | None = None) -> str:
     """A table of GitHub's Markdown."""
     headers, cells, numeric = _cells(rows, columns)
-    head, *body = ([_MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in (headers, *cells))
+    head, *body = ([markdown_text(cell) for cell in row] for row in (headers, *cells))
     lines = [head, ["--:" if n else ":--" for n in numeric], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A text in which no markup works."""
+    return _MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def latex(rows: Rows, columns: Sequence[Column] | None = None) -> str:
