@@ -243,12 +243,15 @@ def another_size(masks: Path) -> None:
 
 
 MISTAKES = {
-    "no table": (lambda masks: (masks / "masks.csv").unlink(), r"phase\.masks=.* has no masks\.csv"),
-    "no folder": (lambda masks: masks.rename(masks.with_name("gone")), r"phase\.masks=.* has no masks\.csv"),
+    "no table": (lambda masks: (masks / "masks.csv").unlink(), r"no mask for \d+ of .* the first is bus_.*masks\.csv"),
+    "no folder": (lambda masks: masks.rename(masks.with_name("gone")), r"phase\.masks=.* has no masks\.csv and no"),
     "a column": (lambda masks: edit(masks, lambda text: text.replace("part", "PART", 1)), "no column part"),
     "no rows": (lambda masks: edit(masks, lambda text: text.splitlines()[0]), "no rows"),
-    "test": (lambda masks: edit(masks, lambda text: text.replace("train", "test", 1)), "part=test"),
-    "another part": (lambda masks: edit(masks, lambda text: text.replace("train", "trian", 1)), "train or val.*trian"),
+    "test": (lambda masks: edit(masks, lambda text: text.replace("train", "test", 1)), "1 cases .* part test"),
+    "another part": (
+        lambda masks: edit(masks, lambda text: text.replace("train", "trian", 1)),
+        "train, val or test.*trian",
+    ),
     "outside": (
         lambda masks: edit(masks, lambda text: text.replace("000000", "../000000", 1)),
         "not lie in the folder",

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config, settings
+from ultrarefiner import config, config_after, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -52,6 +52,7 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         print(help_text())
         return
     config.register()
+    config_after.register()
     Plugins.instance().register(ExperimentsPath)
     # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -3,8 +3,7 @@
 A field says all that is known of a setting: its type, its default, which values it may have, and what it means for a
 result (see `setting`). The YAML options of a group extend its schema. Parts that are built by `_target_` and that a
 user may replace with a class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the
-arguments of that class, and one that the class does not take is refused when it is built, before anything is trained.
-Imports neither torch nor anything that does: `--help` and completion must be quick."""
+arguments of that class, and one that it does not take is refused when it is built. Imports nothing that is slow."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -107,9 +106,9 @@ class ModelConfig:
     """Side of the coarse network's input and output, px."""
     frame: str = setting("pad", result=False, one_of=("pad", "stretch"))
     """pad | stretch: whether roi=off shows SAM the whole image padded to a square, or stretched to one."""
-    coarse: dict[str, Any] = setting(of=(COARSE,), fits=True)
+    coarse: dict[str, Any] | None = setting(of=(COARSE,), fits=True)  # null: masks in files take its place
     coarse_weights: str | None = setting(None, of=(COARSE,))
-    """Weights to start Phase 1 from: Google's .npz, or a state_dict of the published TransUNet."""
+    """Weights to start Phase 1 from: Google's .npz (auto fetches it), or a state_dict."""
     sam: dict[str, Any] = setting(of=(SAM,), fits=True)
     train: TrainedParts = setting(TrainedParts, of=(SAM,))
     lora: LoraConfig = setting(LoraConfig, of=(SAM,), fits=True)
@@ -119,7 +118,7 @@ class ModelConfig:
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
     cache_embeddings: bool = setting(False, of=(SAM,))
     """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
-    roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
+    roi=off and a frozen image encoder; and for phase.augment=false, as an augmented image never comes again."""
     selection_temperature: float = setting(0.1, of=(SAM,), above=0)
     roi: RoiDefaults = setting(RoiDefaults, result=False)
     prompts: PromptDefaults = setting(PromptDefaults, result=False)
@@ -203,6 +202,8 @@ class PhaseConfig:
     """End when the validation Dice has not risen for so many epochs; null trains to the end."""
     ema_decay: float | None = setting(None, argument=False, above=0, below=1)
     """Judge, and keep, an exponential moving average of the weights, such as 0.999; null keeps the weights."""
+    augment: bool = setting(True, argument=False)
+    """Change the training cases as dataset.augment says; false takes them as they are, in this phase."""
 
 
 @dataclass
@@ -238,14 +239,15 @@ class SamPhaseConfig(PhaseConfig):
     """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
     cases and batch_size·masks_per_image masks."""
     masks: str | None = setting(None, argument=False)
-    """A folder of coarse masks with their table (`ultrarefiner.simulate` writes such); null simulates new ones in every
-    epoch."""
+    """A folder of coarse masks, of `ultrarefiner.simulate` or of any other tool, see `data.mask_files`; null simulates
+    new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
     bins: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as good and as bad as Phase 1's out-of-fold predictions; null: as failures.bins says."""
     real_ratio: float = setting(0.0, argument=False, at_least=0, at_most=1)
-    """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask."""
+    """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask. Above 0, all
+    validation and test cases take a real one as well: they then choose and measure what Phase 3 starts from."""
     parts: int = setting(4, argument=False, at_least=2)
     """Into how many parts the training cases are cut for that: so many networks are trained as in Phase 1."""
     coarse: Any = setting(None, argument=False)
@@ -293,7 +295,7 @@ class DatasetConfig:
     include_normal: bool = False
     limit: LimitConfig = field(default_factory=LimitConfig)
     augment: dict[str, Any] | None = field(default_factory=lambda: {"_target_": "ultrarefiner.data.augment.Augment"})
-    """Of the training cases, in all three phases; null for none."""
+    """Of the training cases, in all phases whose `augment` is true; null for none."""
     members: list[str] = field(default_factory=list)
     """dataset=combined: the names of the data sets."""
     without: list[int] | None = None
@@ -354,6 +356,7 @@ class PrepareConfig:
     model: ModelConfig = MISSING
     data_root: str | None = None
     output_root: str = "outputs"
+    weights: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -19,6 +19,7 @@ Check a dataset, say what is in it, and build the cache that training reads.
   python -m ultrarefiner.prepare dataset=NAME data_root=PATH
   python -m ultrarefiner.prepare dataset=busbra data_root=~/BUSBRA
   python -m ultrarefiner.prepare dataset=combined dataset.members=[busi,busbra] data_root=~/data
+  python -m ultrarefiner.prepare weights=[medsam,r50_vit_b16]     fetch published weights ahead
 
 Training does the same by itself; here you see what it finds. The exit status is 1 where files have to be corrected."""
 
@@ -26,6 +27,7 @@ VALUES = """\
 Values
   data_root=PATH         where the dataset lies
   output_root=outputs    the cache goes into its folder cache/; the same as for training
+  weights=[NAME]         publishers' files to fetch, for machines without a connection; see docs/models.md
   --cfg job              print the composed configuration
   --config-dir DIR       a folder with options of your own, laid out like conf/"""
 
@@ -39,8 +41,13 @@ def _prepare(cfg: DictConfig) -> None:
     from pathlib import Path
 
     from ultrarefiner.data.inspect import inspect_dataset
+    from ultrarefiner.models.weights import fetch
     from ultrarefiner.runs.build import build
 
+    for name in cfg.weights:
+        print(fetch(name))
+    if cfg.weights and cfg.dataset.name == "phantom":  # no dataset was asked for
+        return
     reader = build(cfg.dataset.reader, "dataset.reader")
     cache_dir = Path(cfg.output_root).expanduser() / "cache"
     sizes = (cfg.model.coarse_size, cfg.model.image_size)

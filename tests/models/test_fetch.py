@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
+from conftest import compose
+from ultrarefiner import prepare
 from ultrarefiner.errors import UserError
 from ultrarefiner.models import sam as sam_module
 from ultrarefiner.models import weights
 from ultrarefiner.models.sam import load_sam
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, Release, cache_folder, fetch
+from ultrarefiner.runs import plan as plan_module
 
 CONTENT = os.urandom(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -167,6 +171,41 @@ def test_auto_is_the_publishers_file(server, tmp_path, monkeypatch):
     loaded, expected = (load_sam("tiny", "auto"), load_sam("tiny", seed=5))
     assert torch.equal(loaded.mask_decoder.iou_token.weight, expected.mask_decoder.iou_token.weight)
     assert load_sam("litemedsam", "auto").family == "litemedsam"  # in its package: nothing is fetched
+    assert len(server.asked) == 1
+
+
+def test_auto_and_a_path_are_the_same_run(server, tmp_path, monkeypatch):
+    """For TransUNet and SAM: the file's content defines the run. Three runs ask, once it is fetched."""
+    known = {"mine": Release(server.url, len(CONTENT))}
+    monkeypatch.setattr(plan_module, "RELEASES", known | {"tiny": None})
+    monkeypatch.setattr(plan_module, "RELEASES_OF", {"tiny": "mine"})
+    monkeypatch.setattr(plan_module, "fetch", lambda name: fetch("mine", tmp_path / "cache", known))
+
+    def directories(weights, checkpoint):
+        given = [f"model.coarse_weights={weights}", f"model.sam.checkpoint={checkpoint}"]
+        return [str(run.directory) for run in plan_module.plan(compose(f"output_root={tmp_path}", *given))]
+
+    path = tmp_path / "cache" / "the+file.pth"
+    fetched = directories("auto", "auto")
+    assert fetched == directories(path, path) and len(set(fetched)) == 3 and len(server.asked) == 1
+    assert set(fetched).isdisjoint(directories("null", "null"))
+    path.write_bytes(CONTENT[::-1])
+    assert set(fetched).isdisjoint(directories("auto", "auto"))
+    with pytest.raises(UserError, match="coarse_weights=auto: no file is known for this network"):
+        plan_module.plan(compose("model/coarse=lite", "phase=coarse", "model.coarse_weights=auto"))
+
+
+def test_prepare_fetches_ahead(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ULTRAREFINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(RELEASES, "medsam", Release(server.url, len(CONTENT), SHA256))
+    monkeypatch.setattr("sys.argv", ["prepare", "weights=[medsam]", f"output_root={tmp_path}/out"])
+    prepare.main()
+    GlobalHydra.instance().clear()
+    assert capsys.readouterr().out == f"{tmp_path}/cache/the+file.pth\n" and not (tmp_path / "out").exists()
+    monkeypatch.setattr("sys.argv", ["prepare", "weights=[medsam,samwise]"])
+    with pytest.raises(SystemExit, match=r"error: .* 'samwise'; choose one of .*medsam"):
+        prepare.main()
+    GlobalHydra.instance().clear()
     assert len(server.asked) == 1
 
 

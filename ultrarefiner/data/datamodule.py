@@ -1,7 +1,9 @@
 """The data of one fold, for Lightning: split, cache and loaders."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import cv2
@@ -16,7 +18,7 @@ from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
 from ultrarefiner.data.index import Index
-from ultrarefiner.data.mask_files import MaskFiles
+from ultrarefiner.data.mask_files import MaskFiles, NamedMasks
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.seen import Seen, marks_of
 from ultrarefiner.data.store import Store
@@ -38,7 +40,8 @@ class DataModule(pl.LightningDataModule):
         num_workers: processes of each loader; the batches do not depend on it.
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
-        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part,
+            and all of them in the others.
         masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
@@ -126,7 +129,12 @@ class DataModule(pl.LightningDataModule):
         if leaks:
             raise UserError(f"fold {self.fold} of {self.reader.name} leaks: {leaks[0]} ({len(leaks)} in all).")
         if self.masks is not None:
-            self.masks.check(split, self.coarse_size)
+            sizes = {case.key: (entry.width, entry.height) for case, entry in zip(cases, index.entries, strict=True)}
+            self.masks.check(split, self.coarse_size, sizes)
+            if isinstance(self.masks, NamedMasks) and ranks.rank() == 0:
+                truth = self._source.coarse.mask
+                place = self._source.positions
+                self.masks.warn({part: {c.key: truth(place[c.key]) for c in split.part(part)} for part in PARTS[:2]})
         return split
 
     def marks(self, part: str) -> list[str]:
@@ -184,9 +192,11 @@ class DataModule(pl.LightningDataModule):
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, several = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        predictions, several = self.predictions, self.masks_per_image
+        if part != "train":
+            predictions, several = predictions and replace(predictions, ratio=1.0), 1
+        cases = self.split.part(part)  # it also finds the masks
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
-        cases = self.split.part(part)
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
 
     def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
@@ -207,7 +217,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=collate,
             drop_last=shuffle and len(sampler) > batch_size,  # a single short batch is better than none
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
         )
 
     @cached_property
@@ -236,7 +246,11 @@ class DataModule(pl.LightningDataModule):
         return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(parent: int, _: int) -> None:
+    # PyTorch's own watch takes whoever is the parent now: a worker whose process was killed while this one was starting
+    # would wait for ever. (There are no parents on Windows, and no such trouble.)
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(1)
     cv2.setNumThreads(0)  # a worker is one of many: OpenCV would start a thread for each core in each of them
 
 

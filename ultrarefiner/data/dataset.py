@@ -116,7 +116,7 @@ class Cases(Dataset[dict[str, Any]]):
             given = self.predictions.load(case, mask.shape[0])
         elif self.files is not None:
             files, part = self.files
-            given = files.draw(case, part, seed)
+            given = files.draw(case, part, seed, mask.shape[0])
         else:
             assert self.simulator is not None
             return self.simulator(mask, seed)

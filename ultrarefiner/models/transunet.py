@@ -222,6 +222,10 @@ class Decoder(nn.Module):
         return x
 
 
+RELEASES_OF = {"R50-ViT-B_16": "r50_vit_b16"}
+"""Which of `weights.RELEASES` a row of CONFIGS starts from."""
+
+
 class TransUNet(nn.Module):
     """The whole network for square images of one size.
 
@@ -234,6 +238,8 @@ class TransUNet(nn.Module):
     Raises:
         UserError: ``image_size``, ``num_classes`` or ``n_skip`` do not fit the configuration.
     """
+
+    licence = "Apache-2.0"  # of the published code and weights
 
     def __init__(
         self, config: TransUNetConfig, image_size: int = 224, num_classes: int = 2, n_skip: int | None = None

@@ -6,7 +6,7 @@ and its directory. What then happens is a loop over that list (`runs.experiment`
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.cases import HELD, PARTS
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
+from ultrarefiner.models.transunet import RELEASES_OF
+from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs.build import build_data, build_store
+from ultrarefiner.runs.checkpoints import BEST
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
 
-FIT = "fit"
+FIT, AUTO = "fit", "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +73,17 @@ class Run:
         """The predictors' predictions of its training cases."""
         return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio)
 
-    def unpredicted(self, predictor: "Run") -> list[int]:
-        """The positions of a predictor's held-out cases that it has not predicted yet."""
-        held = predictor.data.split.held
-        return [i for i, case in enumerate(held) if not self.predictions.path(case).is_file()]
+    def unpredicted(self, predictor: "Run") -> dict[str, list[int]]:
+        """The cases that a predictor has not predicted yet: the parts they are of, and their positions there.
+
+        Each one predicts what was held out of its training; the first one also the cases that none was trained on.
+        """
+        unknown = PARTS[1:] if predictor is self.predictors[0] and self.cfg.phase.real_ratio > 0 else ()
+        missing = {}
+        for part in (HELD, *unknown):
+            cases = predictor.data.split.part(part)
+            missing[part] = [i for i, case in enumerate(cases) if not self.predictions.path(case).is_file()]
+        return {part: positions for part, positions in missing.items() if positions}
 
 
 def plan(cfg: DictConfig) -> list[Run]:
@@ -108,8 +119,15 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     cfg = _settled(cfg)
     kind: type[Phase] = get_class(cfg.phase._target_)
     predicted = _wants_predictions(cfg.phase)
-    data = build_data(cfg, kind, store)
     parts = kind.parts | ({COARSE} if predicted else set())
+    if COARSE in parts and cfg.model.coarse is None:
+        raise UserError(
+            f"phase={cfg.phase.name}{' with phase.softness, bins or real_ratio' if predicted else ''} trains a coarse "
+            "network, and no gradient reaches another tool's masks (model/coarse=files); train phase=sam with "
+            "phase.masks=FOLDER, or choose a network such as model/coarse=lite"
+        )
+    _fetch(cfg, parts)
+    data = build_data(cfg, kind, store)
     settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
     directory = run_directory(cfg, settings)
     if directory not in found:
@@ -117,6 +135,20 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
         predictors = tuple(_add(part, store, found) for part in (_parts(cfg) if predicted else ()))
         found[directory] = Run(cfg, kind, data, settings, directory, earlier, predictors)
     return found[directory]
+
+
+def _fetch(cfg: DictConfig, parts: Collection[str]) -> None:
+    """Put the publishers' files in the place of `auto`: their contents define a run, as those of any other file."""
+    model, sam = cfg.model, cfg.model.sam
+    if COARSE in parts and model.coarse_weights == AUTO:
+        name = RELEASES_OF.get(model.coarse.get("name"))
+        if name is None:
+            raise UserError(
+                "model.coarse_weights=auto: no file is known for this network; give a path, or leave it null"
+            )
+        model.coarse_weights = str(fetch(name))
+    if SAM in parts and sam.get("checkpoint") == AUTO and sam.get("family") in RELEASES and not sam.get("random_init"):
+        sam.checkpoint = str(fetch(sam.family))
 
 
 def earlier_phase(cfg: DictConfig, name: str) -> DictConfig:
@@ -164,6 +196,16 @@ def _settled(cfg: DictConfig) -> DictConfig:
         cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    for name in (COARSE, SAM):
+        given = cfg.phase.get(f"{name}_checkpoint")
+        untrained = name == COARSE and (cfg.model.coarse_weights is None or cfg.model.coarse_weights.endswith(".npz"))
+        if given == AUTO or (given == "pretrained" and untrained):
+            raise UserError(
+                f"phase.{name}_checkpoint={given}: no published file is a trained {name} network; give a checkpoint, "
+                "or null for the run that this configuration describes"
+            )
+        if given and (inside := Path(given).expanduser() / "checkpoints" / BEST).is_file():
+            cfg.phase[f"{name}_checkpoint"] = str(inside)  # the directory of a run was given
     node = cfg.phase.get("sam", cfg.phase)
     if "softness" in node:
         for name in ("softness", "bins"):
