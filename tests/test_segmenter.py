@@ -131,6 +131,8 @@ def test_a_rejected_mask_leaves_the_coarse_one(e2e):
     assert "predicted IoU" in strict.reason and "; area" in strict.reason
     assert np.array_equal(strict.refined, free.refined) and strict.iou == free.iou and strict.box == free.box
     assert np.array_equal(strict.probability > 0.5, strict.mask)
+    assert np.array_equal(strict.coarse_probability, free.coarse_probability)
+    assert np.array_equal(free.coarse_probability > 0.5, free.coarse)
 
 
 def test_no_lesion_stays_none_also_beside_images_with_one(e2e):

@@ -188,18 +188,33 @@ class Segmenter:
         """One result of all views: the mean of each map, and the redrawn one only where the rules accept it."""
         shape = (image.shape[0], image.shape[1])
         coarse_prob, coarse = self._mean([one.coarse for one in drawn], shape)
+        prob, mask, refined, iou = coarse_prob, coarse, None, None
         if self.cascade.refiner is None:
-            return self._result(image, coarse_prob, coarse, reason="the run has no refiner (phase=coarse)")
-        if drawn[0].refined is None:
-            return self._result(image, coarse_prob, coarse, reason=NO_LESION)
-        # A view in which nothing was found says so with its coarse map.
-        finals = [one.coarse if one.refined is None else one.refined for one in drawn]
-        prob, refined = self._mean(finals, shape)
-        iou = float(np.mean([one.iou for one in drawn if one.iou is not None]))
-        reason = "; ".join(self.safety.reasons(coarse, refined, iou))
-        if reason:
-            prob = coarse_prob
-        return self._result(image, prob, coarse, refined, drawn[0].box, iou, reason)
+            reason = "the run has no refiner (phase=coarse)"
+        elif drawn[0].refined is None:
+            reason = NO_LESION
+        else:
+            # A view in which nothing was found says so with its coarse map.
+            redrawn, refined = self._mean([one.coarse if one.refined is None else one.refined for one in drawn], shape)
+            iou = float(np.mean([one.iou for one in drawn if one.iou is not None]))
+            reason = "; ".join(self.safety.reasons(coarse, refined, iou))
+            if not reason:
+                prob, mask = redrawn, refined
+        either = mask | coarse
+        undecided = 4 * prob * (1 - prob)
+        return Segmentation(
+            mask=mask,
+            coarse=coarse,
+            probability=prob,
+            box=drawn[0].box,
+            accepted=not reason,
+            uncertainty=float(undecided[either].mean()) if either.any() else 0.0,
+            iou=iou,
+            reason=reason,
+            refined=refined,
+            coarse_probability=coarse_prob,
+            image=image,
+        )
 
     def _mean(
         self, logits: Sequence[Float[Tensor, "1 _ _"]], shape: tuple[int, int]
@@ -210,23 +225,6 @@ class Segmenter:
             return probs[0], (logits[0][0] > 0).cpu().numpy()
         prob = mean([view.back(one, shape) for view, one in zip(self.views, probs, strict=True)])
         return prob, prob > 0.5
-
-    def _result(
-        self,
-        image: Picture,
-        probability: Float32[np.ndarray, "H W"],
-        coarse: Bool[np.ndarray, "H W"],
-        refined: Bool[np.ndarray, "H W"] | None = None,
-        box: tuple[float, float, float, float] | None = None,
-        iou: float | None = None,
-        reason: str = "",
-    ) -> Segmentation:
-        accepted = refined is not None and not reason
-        mask = refined if refined is not None and accepted else coarse
-        either = mask | coarse
-        undecided = 4 * probability * (1 - probability)
-        uncertainty = float(undecided[either].mean()) if either.any() else 0.0
-        return Segmentation(mask, coarse, probability, box, accepted, uncertainty, iou, reason, refined, image)
 
     def _frame(self, picture: UInt8[np.ndarray, "H W"], size: int) -> Float[Tensor, "1 1 S S"]:
         return as_tensor(to_square(picture, size))[None].to(self.device)
