@@ -14,7 +14,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 COMMANDS = {"train", "prepare", "simulate", "predict", "evaluate", "report", "export", "demo"}
-GROUND = {"errors", "files", "ranks", "settings", "config", "extras"}
+GROUND = {"errors", "files", "ranks", "settings", "config", "config_after", "extras"}
 """What every room may use."""
 MAY_USE = {
     "ground": set(),
@@ -26,7 +26,8 @@ MAY_USE = {
     "cli": {"ground"},  # how a command is started: Hydra, help and errors
     "runs": {"ground", "refine", "models", "data", "results", "phases", "cli"},
     "segmenter": {"ground", "refine", "models", "data", "results", "phases", "runs"},
-    "commands": {"ground", "refine", "models", "data", "results", "phases", "runs", "cli", "segmenter"},
+    "assess": {"ground", "refine", "models", "data", "results", "phases", "runs", "segmenter"},
+    "commands": {"ground", "refine", "models", "data", "results", "phases", "runs", "cli", "segmenter", "assess"},
 }
 """Which rooms each room may import, besides itself."""
 

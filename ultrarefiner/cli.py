@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ultrarefiner import config, settings
+from ultrarefiner import config, config_after, settings
 from ultrarefiner.errors import Paused, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -64,6 +64,7 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
         return
     sys.argv[1:] = map(_quoted, sys.argv[1:])
     config.register()
+    config_after.register()
     Plugins.instance().register(ExperimentsPath)
     # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -113,6 +114,18 @@ def _quoted(override: str) -> str:
         text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
         return f"{key}='{text}'"
     return override
+
+
+def quote_paths(*keys: str) -> None:
+    """Let the paths on the command line, those of some keys, hold what Hydra's grammar gives a meaning: ( , = space."""
+    if {"-m", "--multirun"} & set(sys.argv):  # there a comma is a sweep
+        return
+    for place, argument in enumerate(sys.argv[1:], 1):
+        key, sign, value = argument.partition("=")
+        if key in keys and sign and value not in ("", "null") and value[0] not in "'\"":
+            # Hydra reads a backslash as one, except before a quote.
+            escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+            sys.argv[place] = f"{key}='{escaped}'"
 
 
 def explain(error: BaseException) -> str:

@@ -6,9 +6,8 @@ result = segmenter(image, coarse=mask) # redraw the mask of any other tool
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +19,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from ultrarefiner.data.dataset import as_tensor
-from ultrarefiner.data.images import luminance, map_to_square, to_square
+from ultrarefiner.data.images import load_colours, luminance, map_to_square, to_square
+from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.results.metrics import native_mask
+from ultrarefiner.results.measures import separate
+from ultrarefiner.results.safety import NO_LESION, Safety
+from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
 from ultrarefiner.runs.checkpoints import BEST
 
@@ -33,28 +35,16 @@ Picture = NDArray[Any]
 """(H,W) or (H,W,3), 8 bits; checked where it is used."""
 CoarseMask = NDArray[Any]
 """(H,W): a mask (bool), or probabilities in [0, 1]."""
+_NOTHING = -16.0
+"""The logit of what is certainly no lesion; see `soft_logit`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Segmentation:
-    """What was found in one image, at the image's own size.
+class _Drawn(NamedTuple):
+    """What was drawn of one view of an image, at its size."""
 
-    Attributes:
-        mask: the lesion.
-        coarse: what it was before it was redrawn.
-        probability: of each pixel, in [0, 1]; `mask` is where it exceeds 0.5.
-        box: where SAM looked, (x1, y1, x2, y2) in px; None where nothing was redrawn.
-        accepted: whether `mask` is the redrawn mask (True) or the coarse one (False).
-        uncertainty: in [0, 1]: 4·p·(1 − p), averaged over the pixels of both masks; 0 where both are empty.
-        iou: the IoU with the truth that SAM predicts for its best mask; None where nothing was redrawn.
-    """
-
-    mask: Bool[np.ndarray, "H W"]
-    coarse: Bool[np.ndarray, "H W"]
-    probability: Float32[np.ndarray, "H W"]
+    coarse: Float[Tensor, "1 H W"]  # logits, as the next one
+    refined: Float[Tensor, "1 H W"] | None
     box: tuple[float, float, float, float] | None
-    accepted: bool
-    uncertainty: float
     iou: float | None
 
 
@@ -65,30 +55,42 @@ class Segmenter:
         cascade: the networks; without a coarse one each image needs a coarse mask, without a refiner none is redrawn.
         image_size, coarse_size: of the frames that they take, px.
         device: "cpu", "cuda", "mps", …; "auto" takes the fastest that is there.
+        safety: which redrawn masks are rejected; `Safety.none()` takes them all.
+        lesions: "together" redraws all lesions of an image in one pass; "each" redraws each by itself.
+        tta: "flips", "scales" or both: how the image is shown as well; the probabilities are averaged.
     """
 
-    def __init__(self, cascade: Cascade, image_size: int, coarse_size: int, device: str = "auto") -> None:
-        self.device = torch.device(fastest_device() if device == "auto" else device)
+    def __init__(
+        self,
+        cascade: Cascade,
+        image_size: int,
+        coarse_size: int,
+        device: str = "auto",
+        safety: Safety | None = None,
+        lesions: str = "together",
+        tta: str | Sequence[str] | None = None,
+    ) -> None:
+        if lesions not in ("together", "each"):
+            raise UserError(f"lesions must be one of together, each, got {lesions}")
+        self.views, self.lesions, self.safety = views(tta), lesions, safety or Safety()
+        self.device = _device(fastest_device() if device == "auto" else device)
         self.cascade = cascade.to(self.device).eval()
         self.image_size, self.coarse_size = image_size, coarse_size
 
     @classmethod
-    def load(cls, path: str | Path | None = None, device: str = "auto") -> "Segmenter":
+    def load(cls, path: str | Path | None = None, device: str = "auto", **options: Any) -> "Segmenter":
         """The pipeline of a run directory or of one of its checkpoints, which carries its configuration.
 
         Args:
             path: the directory, or a file such as `checkpoints/best.ckpt`; None is the pair that ships.
-            device: see `Segmenter`.
+            device, options: see `Segmenter`.
 
         Raises:
             UserError: there is no such run or file, it is damaged, or it does not say how its networks are built.
         """
         if path is None:
             raise UserError("no trained pair ships with this version yet; give the path of a run or of a checkpoint")
-        path = Path(path).expanduser()
-        file = path / "checkpoints" / BEST if path.is_dir() else path
-        if path.is_dir() and not file.is_file():
-            raise UserError(f"{path} is not the directory of a run: it holds no checkpoints/{BEST}")
+        file = checkpoint_file(path)
         content = load(file)
         if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
             raise UserError(f"{file} does not say how its networks are built; give a run's {BEST}, or its directory")
@@ -97,16 +99,17 @@ class Segmenter:
         prefix = "cascade."
         state = content["state_dict"]
         cascade.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        return cls(cascade, cfg.model.image_size, cfg.model.coarse_size, device)
+        return cls(cascade, cfg.model.image_size, cfg.model.coarse_size, device, **options)
 
-    def __call__(self, image: Picture, coarse: CoarseMask | None = None) -> Segmentation:
+    def __call__(self, image: Picture | str | Path, coarse: CoarseMask | None = None) -> Segmentation:
         """Segment one image.
 
         Args:
-            image: grey or colour, 0 to 255, of any size.
+            image: grey or colour, 0 to 255, of any size; or the path of a PNG, JPEG, TIFF, BMP or DICOM file.
             coarse: a mask, or a probability map in [0, 1], of the image's size, in place of the coarse network's.
         """
-        return self.batch([image], None if coarse is None else [coarse])[0]
+        pixels = load_colours(Path(image)) if isinstance(image, str | Path) else image
+        return self.batch([pixels], None if coarse is None else [coarse])[0]
 
     @torch.inference_mode()
     def batch(self, images: Sequence[Picture], coarse: Sequence[CoarseMask] | None = None) -> list[Segmentation]:
@@ -117,29 +120,128 @@ class Segmenter:
             UserError: there is neither a coarse network nor a coarse mask.
         """
         pictures = [_grey(image) for image in images]
-        frames = torch.cat([self._frame(picture, self.image_size) for picture in pictures])
+        for mask, picture in zip(coarse or (), pictures, strict=coarse is not None):
+            if mask.shape != picture.shape:
+                raise ValueError(f"a coarse mask of {mask.shape} does not belong to an image of {picture.shape} pixels")
+        seen = []
+        for view in self.views:
+            masks = None if coarse is None else [view.show(mask) for mask in coarse]
+            seen.append(self._draw([view.show(picture) for picture in pictures], masks))
+        return [
+            self._judge(image, drawn) for image, drawn in zip(images, map(list, zip(*seen, strict=True)), strict=True)
+        ]
+
+    def _draw(self, pictures: Sequence[Picture], coarse: Sequence[CoarseMask] | None) -> list[_Drawn]:
         if coarse is not None:
-            coarse_logits = torch.cat([self._coarse(*pair) for pair in zip(coarse, pictures, strict=True)])
+            coarse_logits = torch.cat([self._coarse(mask) for mask in coarse])
         elif self.cascade.coarse is not None:
             small = torch.cat([self._frame(picture, self.coarse_size) for picture in pictures])
             coarse_logits = lesion_logit(self.cascade.coarse(small))
         else:
             raise UserError("this run has no coarse network (phase=sam): give a coarse mask with each image")
+        natives = [_native(*pair) for pair in zip(coarse_logits, pictures, strict=True)]
+        parts = [self._parts(*pair) for pair in zip(coarse_logits, natives, strict=True)]
+        logits, boxes, ious = self._refine(pictures, parts)
+        ends = np.cumsum([len(part) for part in parts])
+        drawn = []
+        for native, picture, part, end in zip(natives, pictures, parts, ends, strict=True):
+            own = slice(int(end) - len(part), int(end))
+            if own.start == own.stop:
+                drawn.append(_Drawn(native, None, None, None))
+                continue
+            corners = torch.cat([boxes[own, :2].amin(0), boxes[own, 2:].amax(0)])
+            box = tuple((corners * torch.tensor([picture.shape[1], picture.shape[0]] * 2)).tolist())
+            refined = _native(logits[own].amax(0), picture)
+            drawn.append(_Drawn(native, refined, box, float(ious[own].amax(1).amin())))
+        return drawn
+
+    def _parts(self, logit: Float[Tensor, "1 C C"], native: Float[Tensor, "1 H W"]) -> Float[Tensor, "n 1 C C"]:
+        """What of a coarse map is redrawn by itself; nothing where there is no refiner, or no lesion."""
+        if self.cascade.refiner is None or (self.safety.keep_empty and not (native > 0).any()):
+            return logit[None][:0]
+        return apart(logit) if self.lesions == "each" else logit[None]
+
+    def _refine(
+        self, pictures: Sequence[Picture], parts: Sequence[Float[Tensor, "_ 1 C C"]]
+    ) -> tuple[Float[Tensor, "P 1 S S"], Float[Tensor, "P 4"], Float[Tensor, "P K"]]:
+        """The redrawn logits, boxes and predicted IoUs of all parts, never more of them at once than images."""
+        owner = [index for index, part in enumerate(parts) for _ in part]
+        if not owner:
+            return torch.zeros(0, 1, 1, 1), torch.zeros(0, 4), torch.zeros(0, 1)
+        maps = torch.cat(list(parts))
+        done = []
+        for start in range(0, len(owner), len(pictures)):
+            some = [pictures[index] for index in owner[start : start + len(pictures)]]
+            frames = torch.cat([self._frame(picture, self.image_size) for picture in some])
+            aspect = torch.tensor([picture.shape[1] / picture.shape[0] for picture in some], device=self.device)
+            refined = self.cascade.refine(frames, maps[start : start + len(some)], aspect=aspect)
+            done.append((refined.logits, refined.boxes.cpu(), refined.iou.cpu()))
+        logits, boxes, ious = zip(*done, strict=True)
+        return torch.cat(logits), torch.cat(boxes), torch.cat(ious)
+
+    def _judge(self, image: Picture, drawn: Sequence[_Drawn]) -> Segmentation:
+        """One result of all views: the mean of each map, and the redrawn one only where the rules accept it."""
+        shape = (image.shape[0], image.shape[1])
+        coarse_prob, coarse = self._mean([one.coarse for one in drawn], shape)
         if self.cascade.refiner is None:
-            return [_describe(p, logit, None, None, None) for p, logit in zip(pictures, coarse_logits, strict=True)]
-        aspect = torch.tensor([picture.shape[1] / picture.shape[0] for picture in pictures], device=self.device)
-        refined = self.cascade.refine(frames, coarse_logits, aspect=aspect)
-        parts = zip(pictures, coarse_logits, refined.logits, refined.boxes, refined.iou, strict=True)
-        return [_describe(*part) for part in parts]
+            return self._result(image, coarse_prob, coarse, reason="the run has no refiner (phase=coarse)")
+        if drawn[0].refined is None:
+            return self._result(image, coarse_prob, coarse, reason=NO_LESION)
+        # A view in which nothing was found says so with its coarse map.
+        finals = [one.coarse if one.refined is None else one.refined for one in drawn]
+        prob, refined = self._mean(finals, shape)
+        iou = float(np.mean([one.iou for one in drawn if one.iou is not None]))
+        reason = "; ".join(self.safety.reasons(coarse, refined, iou))
+        if reason:
+            prob = coarse_prob
+        return self._result(image, prob, coarse, refined, drawn[0].box, iou, reason)
+
+    def _mean(
+        self, logits: Sequence[Float[Tensor, "1 _ _"]], shape: tuple[int, int]
+    ) -> tuple[Float32[np.ndarray, "H W"], Bool[np.ndarray, "H W"]]:
+        """The mean probability over the views, and the mask; of a single view exactly that of its logits."""
+        probs = [logit.sigmoid()[0].cpu().numpy() for logit in logits]
+        if len(probs) == 1:
+            return probs[0], (logits[0][0] > 0).cpu().numpy()
+        prob = mean([view.back(one, shape) for view, one in zip(self.views, probs, strict=True)])
+        return prob, prob > 0.5
+
+    def _result(
+        self,
+        image: Picture,
+        probability: Float32[np.ndarray, "H W"],
+        coarse: Bool[np.ndarray, "H W"],
+        refined: Bool[np.ndarray, "H W"] | None = None,
+        box: tuple[float, float, float, float] | None = None,
+        iou: float | None = None,
+        reason: str = "",
+    ) -> Segmentation:
+        accepted = refined is not None and not reason
+        mask = refined if refined is not None and accepted else coarse
+        either = mask | coarse
+        undecided = 4 * probability * (1 - probability)
+        uncertainty = float(undecided[either].mean()) if either.any() else 0.0
+        return Segmentation(mask, coarse, probability, box, accepted, uncertainty, iou, reason, refined, image)
 
     def _frame(self, picture: UInt8[np.ndarray, "H W"], size: int) -> Float[Tensor, "1 1 S S"]:
         return as_tensor(to_square(picture, size))[None].to(self.device)
 
-    def _coarse(self, mask: CoarseMask, picture: UInt8[np.ndarray, "H W"]) -> Float[Tensor, "1 1 C C"]:
-        if mask.shape != picture.shape:
-            raise ValueError(f"a coarse mask of {mask.shape} does not belong to an image of {picture.shape} pixels")
+    def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
         prob = map_to_square(mask.astype(np.float32), self.coarse_size)
         return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file of a checkpoint, which may be given as the directory of its run.
+
+    Raises:
+        UserError: a directory without one.
+    """
+    path = Path(path).expanduser()
+    file = path / "checkpoints" / BEST if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"{path} is not the directory of a run: it holds no checkpoints/{BEST}")
+    return file
 
 
 def fastest_device() -> str:
@@ -147,6 +249,18 @@ def fastest_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _device(name: str) -> torch.device:
+    """A device of that name, which is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # of a name that is none, or of a torch without it
+        raise UserError(f"device={name} is not there ({str(error).splitlines()[0]}); choose auto or cpu") from error
 
 
 def _untrained(cfg: Any) -> Cascade:
@@ -167,27 +281,24 @@ def _grey(image: Picture) -> UInt8[np.ndarray, "H W"]:
     return luminance(image) if image.ndim == 3 else image
 
 
-def _describe(
-    picture: UInt8[np.ndarray, "H W"],
-    coarse_logit: Float[Tensor, "1 C C"],
-    logit: Float[Tensor, "1 S S"] | None,
-    box: Float[Tensor, " 4"] | None,
-    iou: Float[Tensor, " K"] | None,
-) -> Segmentation:
-    height, width = picture.shape
-    coarse = native_mask(coarse_logit, (height, width))
-    final = coarse_logit if logit is None else logit
-    native = F.interpolate(final[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0, 0]
-    probability = native.sigmoid().cpu().numpy()
-    mask = native_mask(final, (height, width))
-    either = mask | coarse
-    undecided = 4 * probability * (1 - probability)
-    return Segmentation(
-        mask=mask,
-        coarse=coarse,
-        probability=probability,
-        box=None if box is None else tuple((box.cpu() * torch.tensor([width, height] * 2)).tolist()),
-        accepted=logit is not None,
-        uncertainty=float(undecided[either].mean()) if either.any() else 0.0,
-        iou=None if iou is None else float(iou.max()),
-    )
+def _native(logit: Float[Tensor, "1 h w"], picture: UInt8[np.ndarray, "H W"]) -> Float[Tensor, "1 H W"]:
+    return F.interpolate(logit[None].float(), size=picture.shape, mode="bilinear", align_corners=False)[0]
+
+
+def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C C"]:
+    """A map for each lesion of a coarse map, in which all that is nearer to another lesion is background.
+
+    Args:
+        logit: the coarse map; a lesion is where it exceeds 0.
+        most: at most so many maps, of the largest lesions; what is smaller goes with the nearest of these.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    lesions = separate((logit[0] > 0).cpu().numpy())[:most]
+    if len(lesions) < 2:
+        return logit[None]
+    labels = np.sum([number * lesion for number, lesion in enumerate(lesions, 1)], axis=0)
+    rows, columns = distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    nearest = torch.from_numpy(labels[rows, columns]).to(logit.device)
+    background = logit.clamp(max=_NOTHING)
+    return torch.stack([torch.where(nearest == number, logit, background) for number in range(1, len(lesions) + 1)])

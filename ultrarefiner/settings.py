@@ -5,7 +5,7 @@ Imports neither torch nor anything that does.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +148,21 @@ def fitting(cfg: Any, part: str, schema: type) -> dict[str, Any]:
     """
     leaves = _leaves(cfg, schema)
     return {key: _without_files(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
+
+
+def comparable(config: Mapping[str, Any], schema: Any, prefix: str = "") -> dict[str, Any]:
+    """All that may change a result, by dotted key, of a plain configuration; it may be one of an older version."""
+    known = {one.name: one for one in fields(schema)} if is_dataclass(schema) else {}
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        one = known.get(name)
+        if name in PLACES or (one is not None and not about(one).result):
+            continue
+        if isinstance(value, dict):
+            found |= comparable(value, one.type if one is not None else None, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _leaves(cfg: Any, schema: type, prefix: str = "") -> Iterator[tuple[str, About, Any]]:

@@ -20,6 +20,8 @@ class Case:
         masks: one file for each lesion, merged when read; empty where there is none.
         roles: where the publisher draws the folds: the part ("train", "val", "test") in each of them.
             A single role holds in every fold (a data set for testing only).
+        about: what else the publisher says, as (column, text) for tables of results: the device, say. "spacing" is the
+            size of a pixel in mm.
     """
 
     id: str
@@ -29,6 +31,7 @@ class Case:
     image: Path | None = None
     masks: tuple[Path, ...] = ()
     roles: tuple[str, ...] = ()
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:

@@ -67,7 +67,12 @@ def entries(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is a file where a folder should be: restore the original layout.") from error
     except PermissionError as error:
         raise UserError(f"{folder} may not be read: give yourself read permission (chmod u+rx).") from error
-    return [path for path in found if not path.name.startswith(".") and path.name.lower() not in _HIDDEN]
+    return [path for path in found if not is_hidden(path.name)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or one that file managers leave behind."""
+    return name.startswith(".") or name.lower() in _HIDDEN
 
 
 def images_in(folder: Path, root: Path, left_out: list[Exclusion]) -> dict[str, Path]:

@@ -4,6 +4,8 @@ Pillow decodes (PNG, JPEG, TIFF, BMP) and pydicom (DICOM). What comes out is alw
 upright (EXIF orientation applied), at the native size.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float32, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ultrarefiner.data import dicom
 from ultrarefiner.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
@@ -32,7 +35,7 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W"]:
         UserError: the file is empty, damaged, of another format, of several frames, or larger than MAX_PIXELS.
     """
     pixels = _decode(path)
-    return luminance(pixels) if pixels.ndim == 3 else _eight_bits(pixels, path)
+    return luminance(pixels) if pixels.ndim == 3 else eight_bits(pixels, path)
 
 
 def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
@@ -52,7 +55,7 @@ def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
 def load_colours(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """The image in ``path`` with its colours; a grey one three times the same."""
     pixels = _decode(path)
-    return pixels if pixels.ndim == 3 else np.repeat(_eight_bits(pixels, path)[..., None], 3, axis=2)
+    return pixels if pixels.ndim == 3 else np.repeat(eight_bits(pixels, path)[..., None], 3, axis=2)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -61,12 +64,9 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: the header cannot be read.
     """
-    try:
-        with Image.open(path, formats=_FORMATS) as opened:
-            width, height = opened.size
-            return width, height
-    except Exception as error:  # as in _decode
-        raise _unreadable(path, error) from error
+    with decoding(path), open_picture(path) as opened:
+        width, height = opened.size
+        return width, height
 
 
 def to_square(image: UInt8[np.ndarray, "H W"], size: int) -> UInt8[np.ndarray, "size size"]:
@@ -111,62 +111,79 @@ def _most_covered(mask: NDArray[Any], coverage: NDArray[Any]) -> int:
     return int(row * size + column)
 
 
-def _decode(path: Path) -> NDArray[Any]:
-    """The pixels of ``path``: (H, W) of any numeric type, or (H, W, 3) uint8."""
+@contextlib.contextmanager
+def decoding(path: Path, advice: str = "restore the file or remove it together with its partner") -> Iterator[None]:
+    """Whatever a decoder raises inside, SyntaxError included, becomes one sentence about the file and what to do.
+
+    Raises:
+        UserError: that sentence.
+    """
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes): restore the file or remove it together with its partner.")
-        return _decode_dicom(path) if path.suffix.lower() in (".dcm", ".dicom") else _decode_picture(path)
+            raise UserError(f"{path} is empty (0 bytes): {advice}.")
+        yield
     except UserError:
         raise
-    except Exception as error:  # decoders raise whatever the damage makes them raise, SyntaxError included
-        raise _unreadable(path, error) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as {_SUMMARY} ({reason}): {advice}.") from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(
-        f"{path} cannot be read as {_SUMMARY} ({reason}): restore the file or remove it together with its partner."
-    )
+def _decode(path: Path) -> NDArray[Any]:
+    """The pixels of ``path``: (H, W) of any numeric type, or (H, W, 3) uint8."""
+    with decoding(path):
+        return _decode_dicom(path) if path.suffix.lower() in (".dcm", ".dicom") else _decode_picture(path)
 
 
 def _decode_picture(path: Path) -> NDArray[Any]:
+    with open_picture(path) as opened:
+        check_size(path, opened.width, opened.height)
+        if (frames := picture_frames(opened)) > 1:
+            raise UserError(f"{path} holds {frames} frames: export the one you need as a file of its own.")
+        return picture_pixels(opened)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A PNG, JPEG, TIFF or BMP file, of which only the header is read."""
     # the list of formats keeps Pillow's riskier decoders (EPS and others) away from unknown files
-    with Image.open(path, formats=_FORMATS) as opened:
-        _check_size(path, opened.width, opened.height)
-        if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
-            raise UserError(f"{path} holds {opened.n_frames} frames: export the one you need as a file of its own.")
-        picture = ImageOps.exif_transpose(opened)
-        assert picture is not None  # None only with in_place=True
-        if picture.mode in ("1", "L"):
-            return np.asarray(picture.convert("L"))
-        if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
-            return np.asarray(picture)
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-        return np.asarray(picture.convert("RGB"))
+    return Image.open(path, formats=_FORMATS)
+
+
+def picture_frames(opened: Image.Image) -> int:
+    """How many frames an opened picture has; the second one of an MPO is a preview of the first."""
+    return 1 if opened.format == "MPO" else int(getattr(opened, "n_frames", 1))
+
+
+def picture_pixels(opened: Image.Image) -> NDArray[Any]:
+    """The upright pixels of an opened picture: (H, W) of any numeric type, or (H, W, 3) uint8."""
+    picture = ImageOps.exif_transpose(opened)
+    assert picture is not None  # None only with in_place=True
+    if picture.mode in ("1", "L"):
+        return np.asarray(picture.convert("L"))
+    if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
+        return np.asarray(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    return np.asarray(picture.convert("RGB"))
 
 
 def _decode_dicom(path: Path) -> NDArray[Any]:
-    import pydicom
-    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
-
-    data = pydicom.dcmread(path)
-    frames = int(getattr(data, "NumberOfFrames", 1) or 1)
+    header = dicom.read_header(path)
+    frames = dicom.frame_count(header)
     if frames > 1:
         raise UserError(f"{path} holds {frames} frames: export the one you need as a file of its own.")
-    _check_size(path, int(data.Columns), int(data.Rows))
-    pixels = data.pixel_array
-    if pixels.ndim == 3:  # colour, which pydicom has brought to RGB
-        return _eight_bits(pixels, path)
-    pixels = apply_voi_lut(apply_modality_lut(pixels, data), data)
-    if data.PhotometricInterpretation == "MONOCHROME1":  # 0 is white
-        pixels = pixels.max() - pixels
-    return pixels
+    check_size(path, int(header.Columns), int(header.Rows))
+    pixels = next(dicom.frames(path, header))
+    return eight_bits(pixels, path) if pixels.ndim == 3 else pixels
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def check_size(path: Path, width: int, height: int) -> None:
+    """Refuse what would fill the memory, before it is decoded.
+
+    Raises:
+        UserError: more than MAX_PIXELS.
+    """
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{path} has {width} × {height} px, more than the {MAX_PIXELS:,} a frame may have: "
@@ -179,7 +196,12 @@ def luminance(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
     return np.asarray(Image.fromarray(pixels).convert("L"))
 
 
-def _eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W *colours"]:
+def eight_bits(pixels: NDArray[Any], path: Path) -> UInt8[np.ndarray, "H W *colours"]:
+    """Grey values or colours of any numeric type as 0…255; see `load_image`.
+
+    Raises:
+        UserError: values that are not finite.
+    """
     if pixels.dtype == np.uint8:
         return pixels
     values = pixels.astype(np.float64)

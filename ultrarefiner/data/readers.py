@@ -159,9 +159,9 @@ class BusBra(FileReader):
             self.left_out.append(Exclusion(f"{absent} rows of bus_data.csv", "neither image nor mask is there"))
         for id, (image, mask) in found.items():
             row = table[id]
-            yield self.case(
-                id, image, [mask], patient=row["Case"], label=row["Pathology"].lower(), roles=roles.get(id, ())
-            )
+            about = tuple((column.lower(), row[column]) for column in ("BIRADS", "Device") if row.get(column))
+            label = row["Pathology"].lower()
+            yield self.case(id, image, [mask], patient=row["Case"], label=label, roles=roles.get(id, ()), about=about)
 
     def _roles(self, path: Path, table: dict[str, dict[str, str]]) -> dict[str, tuple[str, ...]]:
         count = self.official
@@ -287,6 +287,7 @@ class Folder(FileReader):
         name: what to call the data set.
         table: a CSV file in ``root`` (or elsewhere) with a row for each image; None where there is none.
         id_column, patient_column, label_column: its columns; the last two may be None.
+        about_columns: further ones that results are broken down by, such as device; "spacing" is a pixel's size in mm.
 
     A further lesion of ``images/a.png`` may lie in ``masks/a_1.png``, ``masks/a_2.png``, …, if there is no image of
     that name. ``masks/a_mask.png`` is accepted for ``masks/a.png``.
@@ -302,12 +303,14 @@ class Folder(FileReader):
         id_column: str = "id",
         patient_column: str | None = "patient",
         label_column: str | None = "label",
+        about_columns: Sequence[str] = (),
     ) -> None:
         super().__init__(root)
         self.name = name
         self.table = table
         self.id_column = id_column
         self.columns = {"patient": patient_column, "label": label_column}
+        self.about = tuple(about_columns)
 
     def scan(self, root: Path) -> Iterator[Case]:
         images = files.images_in(root / "images", root, self.left_out)
@@ -331,7 +334,7 @@ class Folder(FileReader):
             return {}
         path = root / Path(self.table).expanduser()
         columns = {field: column for field, column in self.columns.items() if column}
-        table = files.read_table(path, (self.id_column, *columns.values()), key=self.id_column)
+        table = files.read_table(path, (self.id_column, *columns.values(), *self.about), key=self.id_column)
         rows: dict[str, dict[str, Any]] = {}
         for id, row in table.items():
             key = files.stem_key(Path(id).stem if Path(id).suffix.lower() in SUFFIXES else id)
@@ -340,7 +343,8 @@ class Folder(FileReader):
                     f"{path} names the unknown image {id!r}: add it to {root / 'images'} or remove the row."
                 )
             rows[key] = {field: row[column] for field, column in columns.items()}
-            rows[key] = {**rows[key], "patient": rows[key].get("patient") or None}
+            about = tuple((name, row[name]) for name in self.about)
+            rows[key] = {**rows[key], "patient": rows[key].get("patient") or None, "about": about}
         for key, image in images.items():
             if key not in rows:
                 raise UserError(f"{image} has no row in {path}: add one, or remove the image.")

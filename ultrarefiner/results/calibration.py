@@ -1,7 +1,8 @@
 """Calibration: whether of the pixels that are called lesion with probability 0.8, 80 % are."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -54,6 +55,18 @@ class Reliability:
         self._probability += np.bincount(place, p, bins)
         self._lesion += np.bincount(place, y, bins)
         self._squares += float(((p - y) ** 2).sum())
+
+    def sums(self) -> dict[str, Any]:
+        """What was counted so far, as plain numbers for a file."""
+        arrays = {"counts": self._counts, "probability": self._probability, "lesion": self._lesion}
+        return {name: array.tolist() for name, array in arrays.items()} | {"squares": self._squares}
+
+    def add_sums(self, sums: Mapping[str, Any]) -> None:
+        """Count what another one has counted, in as many bins; see `sums`."""
+        self._counts += np.asarray(sums["counts"], np.int64)
+        self._probability += np.asarray(sums["probability"])
+        self._lesion += np.asarray(sums["lesion"])
+        self._squares += float(sums["squares"])
 
     def result(self) -> Calibration:
         """Of all cases so far; NaN where there is none."""

@@ -88,7 +88,7 @@ def values(rows: Iterable[Row], metric: str) -> Values:
     return {case: Value(patients[case], float(np.mean(some))) for case, some in found.items()}
 
 
-def over_cases(rows: Iterable[Row], metric: str, seed: int = 0) -> OverCases:
+def over_cases(rows: Iterable[Row], metric: str, seed: int = 0, intervals: bool = True) -> OverCases:
     """A metric over the cases of `values`.
 
     The interval is a percentile bootstrap that draws whole patients: images of one patient are no independent evidence.
@@ -97,13 +97,34 @@ def over_cases(rows: Iterable[Row], metric: str, seed: int = 0) -> OverCases:
         rows: see `values`.
         metric: see `values`.
         seed: of the resampling.
+        intervals: False leaves `low` and `high` NaN, which is much quicker.
     """
     cases = list(values(rows, metric).values())
     if not cases:
         return OverCases(0, *[math.nan] * 4)
     numbers = np.array([case.value for case in cases])
-    low, high = _interval(*_by_patient(cases), seed)
+    low, high = _interval(*_by_patient(cases), seed) if intervals else (math.nan, math.nan)
     return OverCases(len(cases), float(numbers.mean()), float(np.median(numbers)), low, high)
+
+
+def over_runs(runs: Iterable[Iterable[Row]], metric: str) -> dict[str, float]:
+    """A metric of several runs of one setting.
+
+    Args:
+        runs: the rows of each run's cases; those that did not measure it do not count.
+        metric: see `values`.
+
+    Returns:
+        "runs": how many; "mean" and "sd" of their means; "cases", "case_mean", "case_median", "case_low" and
+        "case_high" of all their cases together, see `over_cases`.
+    """
+    measured = [list(rows) for rows in runs]
+    measured = [rows for rows in measured if rows and metric in rows[0]]
+    means = [over_cases(rows, metric, intervals=False).mean for rows in measured]
+    mean, sd = mean_sd([value for value in means if not math.isnan(value)])
+    over = over_cases([row for rows in measured for row in rows], metric)
+    named = {"case_mean": over.mean, "case_median": over.median, "case_low": over.low, "case_high": over.high}
+    return {"runs": len(measured), "mean": mean, "sd": sd, "cases": over.cases} | named
 
 
 def paired(
@@ -143,6 +164,14 @@ def paired(
     )
 
 
+def change(rows: Iterable[Row], before: str, after: str) -> Paired:
+    """`paired` of two columns of the same rows, such as "coarse_dice" and "refined_dice"; a distance's margin is 1."""
+    rows = list(rows)
+    distance = "_hd95" in after or "_assd" in after
+    margin = 1.0 if distance else MARGIN
+    return paired(values(rows, before), values(rows, after), margin, higher_is_better=not distance)
+
+
 def wilcoxon(differences: Float[np.ndarray, " n"]) -> float:
     """Two-sided p of the signed-rank test; differences of 0 say nothing and are dropped, and none at all is p = 1."""
     from scipy import stats
@@ -178,6 +207,14 @@ def terciles(rows: Iterable[Row], column: str = "lesion_px") -> dict[str, list[R
     for size, row in sized:
         found[names[int(np.searchsorted(bounds, size))]].append(row)
     return found
+
+
+def breakdowns(rows: Iterable[Row], columns: Iterable[str]) -> dict[str, dict[str, list[Row]]]:
+    """column → group → its rows: "size" (`terciles`), and each of some columns that tells at least two groups apart."""
+    rows = list(rows)
+    found = {"size": terciles(rows) if rows and "lesion_px" in rows[0] else {}}
+    found |= {column: groups(rows, column) for column in columns}
+    return {column: some for column, some in found.items() if len(some) > 1}
 
 
 def _by_patient(cases: Sequence[Value]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ultrarefiner.data.cases import PARTS
-from ultrarefiner.files import read_json
+from ultrarefiner.files import number, read_json
 
 FILES = (
     ("cases.csv", "every test case"),
@@ -134,7 +134,7 @@ def summary(directory: Path, finished_before: bool) -> None:
     title = f"{content['title']}: {cases} test cases{subset}"
     print(terminal(rows, (Column("mask", "mask"), *COLUMNS), title, width))
     if content["differences"]:
-        print(terminal(map(_difference, *zip(*content["differences"].items(), strict=True)), width=width))
+        print(terminal(map(difference, *zip(*content["differences"].items(), strict=True)), width=width))
     if content["seen"]:
         count, first = content["seen"]["test_cases"], content["seen"]["first"]
         print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
@@ -144,15 +144,22 @@ def summary(directory: Path, finished_before: bool) -> None:
             print(f"  {name:<14}{what}")
 
 
-def _difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
+def difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
     """A paired difference of Dice over the test cases, for people."""
     return {
         "Dice, paired": name,
-        "mean [95 %]": "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**change),
-        "p": format(change["p"], ".2g"),
-        "worse by 0.01": format(change["worse"], ".0%"),
-        "better": format(change["better"], ".0%"),
+        "mean [95 %]": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(number(change[key]) for key in ("mean", "low", "high"))),
+        "p": format(number(change["p"]), ".2g"),
+        "worse by 0.01": format(number(change["worse"]), ".0%"),
+        "better": format(number(change["better"]), ".0%"),
     }
+
+
+def with_interval(over: Mapping[str, float], digits: int = 4) -> str:
+    """A mean with the interval around it, for people; see `statistics.over_cases`."""
+    if not over["cases"]:
+        return "-"
+    return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**over, d=digits)
 
 
 def _cells(rows: Rows, columns: Sequence[Column] | None) -> tuple[list[str], list[list[str]], list[bool]]:

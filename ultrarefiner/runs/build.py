@@ -110,16 +110,22 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
     return DataModule(
         store or build_store(cfg),
         **_partition(cfg),
+        seed=cfg.seed,
+        coarse_size=cfg.model.coarse_size,
         image_size=cfg.model.image_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
-        augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
+        augment=build(dataset.augment, "dataset.augment") if _augments(cfg) else None,
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
         masks=_masks(cfg) if kind.simulated else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
         without=plain(dataset.without),
     )
+
+
+def _augments(cfg: DictConfig) -> bool:
+    return cfg.dataset.augment is not None and cfg.phase.augment
 
 
 def _masks(cfg: DictConfig) -> MaskFiles | None:
@@ -133,18 +139,28 @@ def _masks(cfg: DictConfig) -> MaskFiles | None:
 
 def build_part(cfg: DictConfig, part: str) -> Cases:
     """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
-    size = cfg.model.coarse_size
-    return DataModule(build_store(cfg), **_partition(cfg), image_size=size, batch_size=1, frame=False).dataset(part)
+    return build_fold(cfg, cfg.model.coarse_size, cfg.seed).dataset(part)
+
+
+def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:
+    """The configured fold without a phase that would use it, with frames of one size (px)."""
+    return DataModule(
+        build_store(cfg),
+        **_partition(cfg),
+        coarse_size=size,
+        image_size=size,
+        seed=seed,
+        batch_size=1,
+        frame=False,
+    )
 
 
 def _partition(cfg: DictConfig) -> dict[str, Any]:
-    """Which cases are in which part, and how large the coarse network sees them."""
+    """Which cases are in which part."""
     dataset = cfg.dataset
     return {
         "fold": cfg.fold,
         "folds": dataset.folds,
-        "seed": cfg.seed,
-        "coarse_size": cfg.model.coarse_size,
         "limit": dict(dataset.limit),
         "include_normal": dataset.include_normal,
         "test_fraction": dataset.test_fraction,
@@ -271,7 +287,7 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
     """
     obstacles = {
         "a crop follows the coarse mask and is never met again; set roi=off": not isinstance(roi, FullFrame),
-        "an augmented image is never met again; set dataset.augment=null": cfg.dataset.augment is not None,
+        "an augmented image is never met again; set phase.augment=false": _augments(cfg),
         "the image encoder is trained; set model.train.image_encoder=false and model.lora.rank=0": any(
             p.requires_grad for p in sam.image_encoder.parameters()
         ),

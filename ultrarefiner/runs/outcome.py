@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
-from ultrarefiner.files import save, write_atomically, write_csv
+from ultrarefiner.files import save, write_csv, write_json
 from ultrarefiner.models.lora import merge_lora
 from ultrarefiner.models.weights import SAFETENSORS, write_state_dict
 from ultrarefiner.phases.phase import Phase
@@ -60,7 +60,7 @@ class Outcome:
 
     def finish(self) -> None:
         """Write the summary, the last of all: a directory with a summary is a finished run."""
-        write_atomically(self.run.directory / "summary.json", json.dumps(self.summary, indent=2).encode())
+        write_json(self.run.directory / "summary.json", self.summary)
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -97,7 +97,9 @@ class Outcome:
         """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
-        baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
+        baseline = (
+            {name: scores["dice"] for name, scores in self.summary["baseline"]["val"].items()} if self.baseline else {}
+        )
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}

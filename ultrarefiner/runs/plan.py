@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.cases import HELD, PARTS
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
@@ -71,10 +72,17 @@ class Run:
         """The predictors' predictions of its training cases."""
         return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio)
 
-    def unpredicted(self, predictor: "Run") -> list[int]:
-        """The positions of a predictor's held-out cases that it has not predicted yet."""
-        held = predictor.data.split.held
-        return [i for i, case in enumerate(held) if not self.predictions.path(case).is_file()]
+    def unpredicted(self, predictor: "Run") -> dict[str, list[int]]:
+        """The cases that a predictor has not predicted yet: the parts they are of, and their positions there.
+
+        Each one predicts what was held out of its training; the first one also the cases that none was trained on.
+        """
+        unknown = PARTS[1:] if predictor is self.predictors[0] and self.cfg.phase.real_ratio > 0 else ()
+        missing = {}
+        for part in (HELD, *unknown):
+            cases = predictor.data.split.part(part)
+            missing[part] = [i for i, case in enumerate(cases) if not self.predictions.path(case).is_file()]
+        return {part: positions for part, positions in missing.items() if positions}
 
 
 def plan(cfg: DictConfig) -> list[Run]:

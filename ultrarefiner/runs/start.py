@@ -9,6 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, read_json
@@ -21,6 +23,7 @@ from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting
 
 GATE = ".gate.pth"
 """What the file of a trained gate ends in, beside the SAM that it was trained with."""
+_PARTS = {"val": "validation", "train": "training"}
 MERGED = "model.lora"
 """Plain weights have their LoRA terms merged, and start a model with other ones or none as well."""
 
@@ -132,6 +135,32 @@ def _read(run: Run, name: str, path: Path, given: Given) -> Seen:
     return seen
 
 
+def require_unseen(data: DataModule, parts: Sequence[str], key: str, seen: Seen, allowed: bool) -> list[Case]:
+    """The cases of some parts of a fold that given weights know.
+
+    Args:
+        data: the fold.
+        parts: "test", …
+        key: how the weights were given, such as "checkpoint=best.ckpt".
+        seen: what they have seen.
+        allowed: whether someone said that this is wanted.
+
+    Raises:
+        UserError: there are such cases, and it is not wanted.
+    """
+    found: list[Case] = []
+    for part in parts:
+        known = data.known(part, seen)
+        if known and not allowed:
+            raise UserError(
+                f"{key} has seen {len(known)} of the {len(data.split.part(part))} {_PARTS.get(part, part)} cases of "
+                f"fold={data.fold}, the first is {known[0].id}; give weights that were trained on other cases, or "
+                "set allow_seen=true to measure all the same (every table then says so)"
+            )
+        found += known
+    return found
+
+
 def _load_gate(gate: nn.Module | None, file: Path) -> None:
     """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
 
@@ -156,14 +185,7 @@ def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
         UserError: test cases of this run are among them, and nobody said that this is wanted.
     """
     seen = Seen.of_lists(said["seen"]) if said else Seen()
-    for part, name in (("test", "test"), ("val", "validation")):
-        known = run.data.known(part, seen)
-        if known and not run.cfg.allow_seen:
-            raise UserError(
-                f"{key} has seen {len(known)} of the {len(run.data.split.part(part))} {name} cases of "
-                f"fold={run.cfg.fold}, the first is {known[0].id}; give weights that were trained on other cases, or "
-                "set allow_seen=true to measure all the same (every table then says so)"
-            )
+    require_unseen(run.data, ("test", "val"), key, seen, run.cfg.allow_seen)
     return seen
 
 

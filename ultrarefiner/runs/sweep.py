@@ -178,18 +178,12 @@ def summarise(found: Sequence[Job]) -> list[Row]:
             settings.setdefault(job.setting, {})[job.outcome] = job  # the same run twice counts once
     rows = []
     for setting, runs in settings.items():
-        cases = [row for directory in runs for row in read_csv(directory / "cases.csv")]
+        measured = [read_csv(directory / "cases.csv") for directory in runs]
         for mask in MASKS:
-            scores = [job.scores("test")[mask] for job in runs.values() if mask in job.scores("test")]
-            for metric in METRICS if scores else ():
-                mean, sd = statistics.mean_sd([values[metric] for values in scores])
-                measured = [row for row in cases if row.get(f"{mask}_{metric}")]
-                over = statistics.over_cases(measured, f"{mask}_{metric}")
-                rows.append(
-                    {"setting": setting, "mask": mask, "metric": metric, "runs": len(scores), "mean": mean, "sd": sd}
-                    | {"cases": over.cases, "case_mean": over.mean, "case_median": over.median}
-                    | {"case_low": over.low, "case_high": over.high}
-                )
+            for metric in METRICS:
+                over = statistics.over_runs(measured, f"{mask}_{metric}")
+                if over["runs"]:
+                    rows.append({"setting": setting, "mask": mask, "metric": metric} | over)
     return rows
 
 

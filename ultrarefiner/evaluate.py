@@ -1,0 +1,64 @@
+"""How good masks are: `python -m ultrarefiner.evaluate checkpoint=RUN dataset=busbra data_root=~/BUSBRA`.
+
+Whatever needs torch is imported where it is used, so that `--help`, `--cfg job` and completion are quick.
+"""
+
+from omegaconf import DictConfig
+
+from ultrarefiner import cli
+
+GROUPS = {"dataset": "which images"}
+
+INTRODUCTION = """\
+Measure the masks of a checkpoint, or of any other tool, against those of a data set.
+
+  python -m ultrarefiner.evaluate checkpoint=RUN_OR_FILE dataset=busbra data_root=~/BUSBRA
+  python -m ultrarefiner.evaluate checkpoint=RUN_OR_FILE dataset=busi data_root=~/BUSI split=all   another data set
+  python -m ultrarefiner.evaluate predictions=nnunet/ dataset=busbra data_root=~/BUSBRA output=nnunet_test
+  python -m ultrarefiner.evaluate predictions=nnunet/ checkpoint=RUN_OR_FILE …   refine them, and measure both
+
+The same command goes on where it was interrupted. `python -m ultrarefiner.report` shows what came out."""
+
+VALUES = """\
+Values
+  checkpoint=PATH        a run's directory, or its checkpoints/best.ckpt
+  predictions=DIR        masks or probability maps, each called as its case, of any tool (nnU-Net's folder as it is)
+  data_root=PATH         where the dataset lies
+  fold=N                 whose split; the checkpoint's own if not given
+  split=test             test, val, train or all
+  output=DIR             cases.csv, summary.json, tables.md, pictures; in the checkpoint's run if not given
+  allow_seen=true        measure images that the checkpoint has seen; every table then says so
+  spacing=0.08           mm per px, where the data set does not say it: distances and NSD in mm too
+  dataset.limit.test=20  at most so many cases
+  device=auto            cpu, cuda or mps
+  --cfg job              print the composed configuration and all other keys"""
+
+
+def help_text() -> str:
+    """The help page."""
+    return cli.help_page(INTRODUCTION, GROUPS, VALUES)
+
+
+def _evaluate(cfg: DictConfig) -> None:
+    from ultrarefiner.assess import assess
+    from ultrarefiner.results import tables
+
+    content, folder = assess(cfg)
+    rows = [
+        {"mask": name, "missed": mask["lesion"]["missed"]}
+        | {column.key: mask["lesion"][column.key] for column in tables.COLUMNS}
+        for name, mask in content["masks"].items()
+    ]
+    print(tables.terminal(rows, (tables.Column("mask", "mask"), *tables.COLUMNS, tables.Column("missed", "missed"))))
+    if content["differences"]:
+        print(tables.terminal([tables.difference(*change) for change in content["differences"].items()]))
+    print(f"{folder}/\n  tables.md     all of it\n  cases.csv     every case")
+
+
+def main() -> None:
+    """Console script `ultrarefiner-evaluate`."""
+    cli.launch(_evaluate, "evaluate", help_text)
+
+
+if __name__ == "__main__":
+    main()

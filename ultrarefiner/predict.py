@@ -1,0 +1,103 @@
+"""Lesion masks of new images: `python -m ultrarefiner.predict images=scans output=masks checkpoint=outputs/...`.
+
+Whatever needs torch is imported where it is used, so that `--help`, `--cfg job` and completion are quick.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ultrarefiner import cli
+from ultrarefiner.errors import UserError
+from ultrarefiner.results.safety import Safety
+from ultrarefiner.settings import setting
+
+INTRODUCTION = """\
+Segment images with a trained pair of networks, or refine the masks of another tool.
+
+  python -m ultrarefiner.predict images=scans output=predictions checkpoint=outputs/busbra/lite/e2e-…
+  python -m ultrarefiner.predict images=scans masks=masks_of_another_tool output=refined checkpoint=…
+
+PNG, JPEG, TIFF, BMP and DICOM, in a folder and all below it, or a single file. The output has masks/, probabilities/
+(16 bits), overlays/ (coarse mask orange, refined one blue), predictions.csv and lesions.csv. The same command continues
+after an interruption. Files that cannot be read are named at the end, with exit status 1."""
+
+VALUES = """\
+Values
+  images=PATH            a folder of images, or one image
+  output=predictions     a new folder for the results
+  checkpoint=PATH        the directory of a run, or one of its checkpoints
+  masks=PATH             coarse masks with the names of their images, in place of the coarse network's
+  lesions=together       each: redraw each lesion of an image by itself
+  tta=[flips,scales]     mean over mirrored and zoomed views, or one of them; none by default
+  spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
+  extras=[probabilities,overlays]  what is written beside masks and tables
+  batch_size=1, device=auto
+  safety.KEY=VALUE       as --cfg job prints them; null switches a rule off
+  --cfg job              print the composed configuration"""
+
+
+@dataclass
+class PredictConfig:
+    """Masks of new images."""
+
+    images: str | None = None
+    output: str = "predictions"
+    checkpoint: str | None = None
+    masks: str | None = None
+    lesions: str = setting("together", one_of=("together", "each"))
+    tta: Any = None
+    spacing: list[float] | None = None
+    extras: list[str] = field(default_factory=lambda: ["probabilities", "overlays"])
+    batch_size: int = setting(1, at_least=1)
+    device: str = "auto"
+    safety: Safety = field(default_factory=Safety)
+
+
+def help_text() -> str:
+    """The help page."""
+    return cli.help_page(INTRODUCTION, {"safety": "which redrawn masks are rejected"}, VALUES)
+
+
+def _predict(cfg: DictConfig) -> None:
+    from pathlib import Path
+
+    from ultrarefiner.data.scans import CoarseMasks, find_scans
+    from ultrarefiner.files import sha256
+    from ultrarefiner.results.prediction import Predictions, alone_in, predict, progress, summary
+
+    output = Path(cfg.output).expanduser()
+    found = find_scans(cfg.images, output)
+    masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)
+    print(f"{len(found.scans)} images in {cfg.images}, {found.others} other files left alone", flush=True)
+
+    from ultrarefiner.segmenter import Segmenter, checkpoint_file
+
+    plain: Any = OmegaConf.to_container(cfg)
+    options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
+    segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
+    weights = "shipped" if cfg.checkpoint is None else sha256(checkpoint_file(cfg.checkpoint))
+    settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks"}
+    settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
+    with alone_in(output):
+        results = Predictions(output, settings, cfg.spacing, cfg.extras)
+        with progress(sum(scan.frames for scan in found.scans)) as step:
+            problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
+    print(summary(results))
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
+        raise UserError(f"{len(problems)} files could not be read (see above); the others are done.")
+
+
+def main() -> None:
+    """Console script `ultrarefiner-predict`."""
+    ConfigStore.instance().store(name="schema_predict", node=PredictConfig)
+    cli.quote_paths("images", "output", "checkpoint", "masks")
+    cli.launch(_predict, "predict", help_text)
+
+
+if __name__ == "__main__":
+    main()
