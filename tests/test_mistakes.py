@@ -32,8 +32,10 @@ output_root=/proc/nowhere                           → /proc/nowhere/cache.*ano
 +foo=1                                              → foo
 foo=1                                               → foo.*--cfg job
 phase.epohcs=3                                      → phase\.epohcs.*phase\.epochs
-~fold                                               → fold
-~dataset.reader                                     → dataset\.reader
+~fold                                               → fold is needed
+~dataset.reader                                     → dataset\.reader is needed
++model.foo=1                                        → no key model\.foo
++trainer.foo=1                                      → no key trainer\.foo
 phase                                               → 'phase' missing EQUAL
 phase.epochs                                        → 'phase\.epochs' missing EQUAL
 phase=                                              → phase=.*coarse, e2e, sam
@@ -183,7 +185,7 @@ phase=coarse phase.optimizer._target_=torch.optim.LBFGS → phase\.optimizer.*LB
 phase=coarse phase.optimizer.momentum=-1            → phase\.optimizer.*momentum
 phase=coarse phase.optimizer.momentum=nan           → phase\.optimizer\.momentum must be finite
 phase=coarse +phase.optimizer.foo=1                 → phase\.optimizer.*'foo'
-phase=sam phase.bce_weight=0 phase.dice_weight=0 phase.focal_weight=0 phase.change_weight=0 phase.iou_weight=0 → more than
+phase=sam phase.bce_weight=0 phase.dice_weight=0 phase.focal_weight=0 phase.change_weight=0 phase.iou_weight=0 → more
 phase=sam phase.good_from=1                         → phase\.good_from must be 0 or more and less than 1
 phase=sam phase.masks_per_image=0                   → phase\.masks_per_image must be 1 or more
 phase=sam phase.masks=/nowhere                      → phase\.masks=/nowhere

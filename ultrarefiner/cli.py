@@ -44,8 +44,18 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     """Compose the configuration from the command line and run `task` on it, once or as a sweep.
 
     A mistake of the user ends with one sentence on stderr and status 1, an interrupt with status 130; anything else is
-    a bug and keeps its stack trace. SIGTERM is an interrupt too (status 143).
+    a bug and keeps its stack trace. SIGTERM is an interrupt too (status 143), and so is the end of what reads our
+    output, such as head (status 141).
     """
+    try:
+        _launch(task, config_name, help_text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at its end
+        sys.exit(128 + 13)
+
+
+def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: Callable[[], str]) -> None:
     for stream in (sys.stdout, sys.stderr):  # a Windows console may not know → and ┃: no reason to end a training
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -62,14 +72,14 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         try:
             settings.check(cfg)
             return task(cfg)
-        except UserError as error:
+        except (UserError, HydraException, OmegaConfBaseException) as error:
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             if isinstance(error, Paused):
                 print(error)
                 sys.exit(error.STATUS)
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {explain(error)}")
 
     ended: list[int] = []
 
@@ -83,9 +93,6 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(128 + (ended or [signal.SIGINT])[0])
-    except BrokenPipeError:  # what reads our output has gone, such as head; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except ValueError as error:

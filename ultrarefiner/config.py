@@ -1,9 +1,8 @@
 """The schema of conf/: one dataclass for each group, so that a typo or a wrong type fails at composition.
 
-A field says all that is known of a setting: its type, its default, which values it may have, and what it means for a
-result (see `setting`). The YAML options of a group extend its schema. Parts that are built by `_target_` and that a
-user may replace with a class of her own (a network, a reader, an optimiser) are open dictionaries: their keys are the
-arguments of that class, and one that it does not take is refused when it is built. Imports nothing that is slow."""
+A field says all that is known of a setting, see `setting`. The YAML options of a group extend its schema. What is built
+by `_target_`, and may be a class of the user's own, is an open dictionary: its keys are the arguments of that class, and
+one that it does not take is refused when it is built. Imports nothing that is slow."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -236,11 +235,9 @@ class SamPhaseConfig(PhaseConfig):
     failures: dict[str, Any] = setting(argument=False)
     """What simulates the coarse masks."""
     masks_per_image: int = setting(1, argument=False, at_least=1)
-    """So many simulated masks of a training case share one encoded crop, around them all; a step then has batch_size
-    cases and batch_size·masks_per_image masks."""
+    """So many simulated masks of a training case share one crop; a step has batch_size·masks_per_image masks."""
     masks: str | None = setting(None, argument=False)
-    """A folder of coarse masks, of `ultrarefiner.simulate` or of any other tool, see `data.mask_files`; null simulates
-    new ones in every epoch."""
+    """A folder of coarse masks, see `data.mask_files`; null simulates new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as soft as Phase 1's out-of-fold predictions."""
     bins: str | None = setting(None, argument=False, one_of=(None, "fit"))

@@ -93,14 +93,20 @@ def about(one: "Field[Any]") -> About:
 def check(cfg: DictConfig, prefix: str = "") -> None:
     """Compare every setting of a composed configuration with its range.
 
-    Names of options become folders, and of the weights of a loss one must count.
+    No key of the schema may be missing, and only a phase may have more. Names of options become folders, and of the
+    weights of a loss one must count.
 
     Raises:
         UserError: the first that is outside, with what it may be.
     """
     schema = OmegaConf.get_type(cfg)
     known = {one.name: about(one) for one in fields(schema)} if is_dataclass(schema) else {}
-    for name in map(str, cfg):
+    names = list(map(str, cfg))
+    if lost := [name for name in known if name not in names]:
+        raise UserError(f"{prefix}{lost[0]} is needed and cannot be taken away")
+    if known and not prefix.startswith("phase.") and (new := [name for name in names if name not in known]):
+        raise UserError(f"there is no key {prefix}{new[0]}; `--cfg job` prints all of them")  # it was added with +
+    for name in names:
         key = f"{prefix}{name}"
         if OmegaConf.is_missing(cfg, name):
             continue
@@ -113,7 +119,7 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
             raise UserError(
                 f"{key} must be a name of at most 80 letters, without / or \\ or a first dot, got {value!r}"
             )
-    weights = [name for name in map(str, cfg) if name.endswith("_weight") and not OmegaConf.is_missing(cfg, name)]
+    weights = [name for name in names if name.endswith("_weight") and not OmegaConf.is_missing(cfg, name)]
     if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
         raise UserError(
             f"one of {', '.join(f'{prefix}{name}' for name in weights)} must be more than 0: nothing counts"

@@ -248,10 +248,14 @@ def write_state_dict(
     if path.suffix != SAFETENSORS:
         files.save(plain, path)
         return
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with files.replacing(path) as part:  # that format knows no two names for one tensor
-        save_file({name: value.clone() for name, value in plain.items()}, part, metadata={"format": "pt", **metadata})
+        try:
+            save_file({name: value.clone() for name, value in plain.items()}, part, {"format": "pt", **metadata})
+        except SafetensorError as error:  # a full disk, for instance
+            raise OSError(0, str(error)) from error
 
 
 def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -74,7 +74,7 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{''.join(theirs[-1:])}"
 
 
-_MACHINERY = re.compile(r"^<|[\\/](hydra|importlib)[\\/]")
+_MACHINERY = re.compile(r"^<|[\\/](hydra|importlib|torch)[\\/]")
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs is in the errors that it raises
 
 

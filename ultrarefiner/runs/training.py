@@ -89,7 +89,7 @@ def check(run: Run, phase: Phase) -> None:
         pl.Trainer(
             accelerator=t.accelerator, devices=1, strategy=ddp.strategy(t.strategy, False), precision=t.precision
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer={{accelerator: {t.accelerator}, strategy: {t.strategy}}}: {reason}") from error
     for name, node in plain(run.cfg.logger).items():
