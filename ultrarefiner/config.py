@@ -1,7 +1,7 @@
 """The schema of conf/: one dataclass for each group, so that a typo or a wrong type fails at composition.
 
 A field says all that is known of a setting, see `setting`. The YAML options of a group extend its schema. What is built
-by `_target_`, and may be a class of the user's own, is an open dictionary: its keys are the arguments of that class, and
+by `_target_`, and may be a class of the user's own, is an open dictionary: its keys are the arguments of that class;
 one that it does not take is refused when it is built. Imports nothing that is slow."""
 
 from dataclasses import dataclass, field, fields
