@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 DOCS := .venv/.installed-docs
 
-.PHONY: help demo test test-fast lint format docs bench clean
+.PHONY: help demo test test-fast lint format docs bench results clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ docs: $(DOCS)  ## the documentation as a site, into build/site; a warning is an 
 
 bench: $(READY)  ## speed and memory against segment-anything as it is, into docs/performance.md
 	$(BIN)/python benchmarks/performance.py
+
+results: $(READY)  ## docs/results.md from the cases kept under docs/results/
+	$(BIN)/python benchmarks/results.py
 
 clean:  ## remove .venv and all that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

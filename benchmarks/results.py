@@ -93,7 +93,7 @@ def main() -> None:
     dice = [[number(row[f"{which}_dice"]) for row in rows] for which in ("coarse", SHIPPED)]
     charts.scatter(np.array(dice[0]), np.array(dice[1]), picture)
     patients = len({row["patient"] for row in rows})
-    text = (DOCS / "results" / "page.md").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("results_page.md").read_text(encoding="utf-8")
     filled = text.format(
         cases=len(rows), patients=patients, methods=method_table(rows), groups=group_table(rows), cite=_citation()
     )
