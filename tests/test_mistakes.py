@@ -33,7 +33,7 @@ output_root=/proc/nowhere                           → /proc/nowhere/cache.*ano
 foo=1                                               → foo.*--cfg job
 phase.epohcs=3                                      → phase\.epohcs.*phase\.epochs
 ~fold                                               → fold is needed
-~dataset.reader                                     → dataset\.reader is needed
+~dataset.reader                                     → ~dataset\.reader.*deletion
 +model.foo=1                                        → no key model\.foo
 +trainer.foo=1                                      → no key trainer\.foo
 phase                                               → 'phase' missing EQUAL
