@@ -33,7 +33,7 @@ output_root=/proc/nowhere                           → /proc/nowhere/cache.*ano
 foo=1                                               → foo.*--cfg job
 phase.epohcs=3                                      → phase\.epohcs.*phase\.epochs
 ~fold                                               → fold is needed
-~dataset.reader                                     → dataset\.reader is needed
+~dataset.reader                                     → ~dataset\.reader.*deletion
 +model.foo=1                                        → no key model\.foo
 +trainer.foo=1                                      → no key trainer\.foo
 phase                                               → 'phase' missing EQUAL
@@ -221,7 +221,7 @@ roi.expand_ration=1                                 → roi\.expand_ration.*roi\
 roi._target_=foo.Bar                                → roi\._target_=foo\.Bar
 roi._target_=torch.nn.Conv2d                        → roi: torch\.nn\.Conv2d
 roi._target_=torch.nn.Identity                      → a first case fails: AttributeError.*torch\.nn.*Identity
-+roi.foo=1                                          → roi.*'foo'
++roi.foo=1                                          → no key roi\.foo
 gate=learned gate.width=0                           → gate.*width must be 1 or more
 gate=learned gate.width=-1                          → gate.*width must be 1 or more
 gate=learned gate.width=2.5                         → gate
@@ -289,7 +289,7 @@ dataset=busi data_root=~nobody/X                    → data_root=~nobody/X does
 'dataset=busi' 'data_root=/no/a#b'                  → data_root=/no/a#b does not exist
 'dataset=busi' 'data_root={a'                       → data_root={a does not exist
 'dataset=busi' 'data_root=C:\no\'                   → data_root=C:\\no\\ does not exist
-dataset=busi data_root='${oc.env:NOPE}'             → data_root.*NOPE
+dataset=busi data_root='${oc.env:NOPE}'             → 'NOPE' not found
 dataset=busi data_root='${nothing'                  → nothing
 dataset=busi data_root=x,y                          → data_root=x,y
 dataset=combined data_root=/tmp                     → dataset\.members
