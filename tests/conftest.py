@@ -50,7 +50,7 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     _seed(item)
 
 
-FAREWELL_SECONDS = 15
+FAREWELL_SECONDS = 60
 """How long a process may take to end after the last test, before it counts as left over."""
 MARK = "ULTRAREFINER_TESTS"
 """The environment variable by which processes are known that the tests started, their children included."""

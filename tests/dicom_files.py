@@ -59,7 +59,7 @@ def write_encoded(path: Path, pixels: np.ndarray, syntax: str, kind: str, codec:
 
 
 def ultrasound_region(box: tuple[int, int, int, int], delta: tuple[float, float], **more: Any) -> Dataset:
-    """An item of the Sequence of Ultrasound Regions: x1, y1, x2, y2 (the last pixels inside), and a pixel's x, y in cm."""
+    """An ultrasound region: x1, y1, x2, y2 (the last pixels inside), and the size x, y of a pixel in cm."""
     region = Dataset()
     names = ("RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1")
     values = dict(zip(names, box, strict=True)) | {"PhysicalDeltaX": delta[0], "PhysicalDeltaY": delta[1]}

@@ -118,7 +118,7 @@ class ModelConfig:
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
     cache_embeddings: bool = setting(False, of=(SAM,))
     """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
-    roi=off and a frozen image encoder; and for dataset.augment=null, as an augmented image never comes again."""
+    roi=off and a frozen image encoder; and for phase.augment=false, as an augmented image never comes again."""
     selection_temperature: float = setting(0.1, of=(SAM,), above=0)
     roi: RoiDefaults = setting(RoiDefaults, result=False)
     prompts: PromptDefaults = setting(PromptDefaults, result=False)
@@ -202,6 +202,8 @@ class PhaseConfig:
     """End when the validation Dice has not risen for so many epochs; null trains to the end."""
     ema_decay: float | None = setting(None, argument=False, above=0, below=1)
     """Judge, and keep, an exponential moving average of the weights, such as 0.999; null keeps the weights."""
+    augment: bool = setting(True, argument=False)
+    """Change the training cases as dataset.augment says; false takes them as they are, in this phase."""
 
 
 @dataclass
@@ -244,7 +246,8 @@ class SamPhaseConfig(PhaseConfig):
     bins: str | None = setting(None, argument=False, one_of=(None, "fit"))
     """fit: simulated masks are as good and as bad as Phase 1's out-of-fold predictions; null: as failures.bins says."""
     real_ratio: float = setting(0.0, argument=False, at_least=0, at_most=1)
-    """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask."""
+    """Share of the training samples that take a real out-of-fold prediction instead of a simulated mask. Above 0, all
+    validation and test cases take a real one as well: they then choose and measure what Phase 3 starts from."""
     parts: int = setting(4, argument=False, at_least=2)
     """Into how many parts the training cases are cut for that: so many networks are trained as in Phase 1."""
     coarse: Any = setting(None, argument=False)
@@ -292,7 +295,7 @@ class DatasetConfig:
     include_normal: bool = False
     limit: LimitConfig = field(default_factory=LimitConfig)
     augment: dict[str, Any] | None = field(default_factory=lambda: {"_target_": "ultrarefiner.data.augment.Augment"})
-    """Of the training cases, in all three phases; null for none."""
+    """Of the training cases, in all phases whose `augment` is true; null for none."""
     members: list[str] = field(default_factory=list)
     """dataset=combined: the names of the data sets."""
     without: list[int] | None = None

@@ -32,6 +32,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write plain content as JSON, atomically; what is not finite becomes null, as JSON knows no NaN."""
+    write_atomically(path, json.dumps(_defined(content), indent=2, allow_nan=False).encode())
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _defined(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write `csv_text`, atomically; see `write_atomically`."""
     write_atomically(path, csv_text(rows).encode("utf-8", "backslashreplace"))  # a file's name may be no valid text

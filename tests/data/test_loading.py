@@ -1,6 +1,8 @@
 """Cache, augmentation, items and loaders."""
 
 import json
+import multiprocessing
+import os
 import pickle
 
 import cv2
@@ -13,7 +15,7 @@ from data_layouts import SHARED, disc, needs_busbra, save, texture, write_busbra
 from ultrarefiner.data.augment import Augment, Change
 from ultrarefiner.data.cache import Frames, NativeMasks, cache_folder, open_cache
 from ultrarefiner.data.cases import Case
-from ultrarefiner.data.datamodule import DataModule
+from ultrarefiner.data.datamodule import DataModule, _begin_worker
 from ultrarefiner.data.dataset import EpochSampler, failure_seed
 from ultrarefiner.data.failures import BINS, FailureSimulator
 from ultrarefiner.data.folds import Limits
@@ -526,3 +528,14 @@ def test_memory_does_not_grow_over_epochs(tmp_path):
         stream(loader, epoch)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[-1] - peaks[1] < 20_000  # kB
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process of Windows has no parent that it could lose")
+def test_a_worker_whose_parent_is_gone_ends():
+    """The loader's own watch begins later, and would take whoever has adopted the worker for its parent."""
+    fork = multiprocessing.get_context("fork")
+    for parent, status in ((os.getpid(), 0), (os.getpid() + 1, 1)):
+        worker = fork.Process(target=_begin_worker, args=(parent, 0))
+        worker.start()
+        worker.join(60)
+        assert worker.exitcode == status

@@ -1,11 +1,13 @@
 """The coarse networks beside TransUNet: pretrained weights arrive, and wrong names end in one sentence."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
 import torch
 
-from conftest import compose
+from conftest import MICRO, compose
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.efficient_unet import EfficientUNet, imagenet_state
@@ -73,6 +75,43 @@ def test_the_default_of_model_lite_is_read_back_from_its_own_file(tmp_path):
         build_coarse(cfg, tmp_path / "x.npz")
 
 
+class Odd(torch.nn.Module):
+    """A network of somebody's own."""
+
+    def __init__(self, what, image_size=64):
+        super().__init__()
+        self.what, self.layer = what, torch.nn.Conv2d(1, 2, 1)
+
+    def forward(self, image):
+        logits = self.layer(image)
+        return {
+            "classes": lambda: logits[:, :1],
+            "size": lambda: logits[..., ::2, ::2],
+            "bad": lambda: logits * torch.nan,
+            "list": lambda: [logits],
+            "channels": lambda: torch.nn.Conv2d(3, 2, 1)(image),
+            "none": lambda: None,
+        }[self.what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("classes", r"gives \(1, 1, 64, 64\) for an image of 64 px, not \(1, 2, 64, 64\)"),
+        ("size", r"gives \(1, 2, 32, 32\) for"),
+        ("bad", "gives NaN or infinite logits"),
+        ("list", r"gives \('list',\) for"),
+        ("none", r"gives \('NoneType',\) for"),
+        ("channels", r"refuses an image of \(1, 1, 64, 64\): Given groups=1"),
+    ],
+)
+def test_a_network_that_does_not_do_its_part_is_one_sentence(what, sentence, command, tmp_path):
+    given = ["model.coarse._target_=models.test_coarse_networks.Odd", f"+model.coarse.what={what}"]
+    done = command(*MICRO, f"output_root={tmp_path}", "phase=coarse", "~model.coarse.name", *given)
+    assert done.status == 1 and re.search(f"^error: model.coarse: models.*Odd {sentence}", done.err), done.err
+    assert len(done.err.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.ckpt"))
+
+
 SMP = ["phase=coarse", "model/coarse=smp", "model.coarse.encoder_weights=null", "model.coarse_size=64"]
 
 
@@ -88,7 +127,10 @@ def test_any_network_of_smp_is_a_coarse_network():
     [
         ("model.coarse.encoder=resnet19", r"model\.coarse\.encoder=resnet19.*resnet18"),
         ("model.coarse.architecture=unett", r"model\.coarse\.architecture=unett.*unet"),
-        ("+model.coarse.upsampling=4 model.coarse.architecture=pspnet", r"pspnet on resnet34 gives .* 64 px"),
+        (
+            "+model.coarse.upsampling=4 model.coarse.architecture=pspnet",
+            r"SmpNetwork gives .* 64 px, not \(1, 2, 64, 64\)",
+        ),
     ],
 )
 def test_what_smp_does_not_know_is_one_sentence(override, sentence):

@@ -20,7 +20,7 @@ from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.runs import build
 from ultrarefiner.runs.experiment import run
 
-CACHED = ["phase=sam", "roi=off", "dataset.augment=null", "model.train.image_encoder=false"]
+CACHED = ["phase=sam", "roi=off", "phase.augment=false", "model.train.image_encoder=false"]
 ENTRY = 64 * 16 * 16 * 2 + 128 + 4  # bytes: float16, the header of numpy's files, the CRC
 
 
@@ -200,7 +200,7 @@ def test_training_reads_what_it_wrote_and_a_warm_cache_changes_nothing(tmp_path)
     ("override", "reason"),
     [
         ("roi=on", "set roi=off"),
-        ("dataset.augment={_target_: ultrarefiner.data.augment.Augment}", "set dataset.augment=null"),
+        ("phase.augment=true", "set phase.augment=false"),
         ("model.train.image_encoder=true", "image encoder is trained"),
         ("model.lora.rank=2", "model.lora.rank=0"),
     ],

@@ -374,3 +374,14 @@ def test_the_anchor_enters_the_loss_with_its_weight():
     count = sum(p.numel() for p in phase.cascade.coarse.parameters())
     torch.testing.assert_close(terms["anchor"], torch.tensor(0.01 * count), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["loss"], 0.5 * terms["coarse"] + 0.5 * terms["refined"] + 0.3 * terms["anchor"])
+
+
+def test_freezing_more_than_half_of_the_training_is_said(caplog):
+    from conftest import compose
+    from ultrarefiner.phases.e2e import E2EPhase
+    from ultrarefiner.runs.build import build_phase
+
+    for frozen, said in ((2, False), (3, True)):
+        caplog.clear()
+        build_phase(compose("phase.epochs=4", f"protection.freeze_epochs={frozen}"), E2EPhase, {})
+        assert ("protection.freeze_epochs=3 leaves the coarse network 1 of 4 epochs" in caplog.text) is said

@@ -62,9 +62,10 @@ def test_curves_show_coarse_refined_and_baseline(tmp_path):
     curves(metrics, out)
     without = read(out)
     assert amount(without, drawing.ORANGE) > 50 and amount(without, drawing.BLUE) > 50
-    assert amount(without, drawing.VERMILION) == 0
-    curves(metrics, out, baseline=0.8)
-    assert amount(read(out), drawing.VERMILION) > 50
+    curves(metrics, out, baseline={"coarse": 0.8, "refined": 0.83})
+    both = read(out)
+    assert amount(both, drawing.ORANGE) > amount(without, drawing.ORANGE) + 50
+    assert amount(both, drawing.BLUE) > amount(without, drawing.BLUE) + 50
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".png"] == ["curves.png"]
 
 
@@ -90,7 +91,7 @@ def test_blanks_and_nan_are_skipped_and_not_drawn_as_zero(tmp_path):
 )
 def test_curves_take_any_csv(tmp_path, text):
     out = tmp_path / "curves.png"
-    curves(write(tmp_path / "metrics.csv", text), out, baseline=float("nan"))
+    curves(write(tmp_path / "metrics.csv", text), out, baseline={"coarse": float("nan")})
     assert min(read(out).shape[:2]) > 100
 
 

@@ -183,7 +183,7 @@ def test_phase_two_sees_what_phase_three_sees(tmp_path):
     predictor = target.predictors[0]
     training.train(predictor, start.prepare(predictor), Deadline(None))
     stored = Predictions(tmp_path / "predictions")
-    out_of_fold._predict(predictor, list(range(len(predictor.data.split.held))), stored)
+    out_of_fold._predict(predictor, {"held": list(range(len(predictor.data.split.held)))}, stored)
     pairs = list(out_of_fold._pairs(predictor.data.dataset("held"), stored))
     simulator = FailureSimulator(softness=Softness.fit(pairs), bins=fit_bins(pairs))
     masks = [pairs[seed % len(pairs)][1] for seed in range(400)]

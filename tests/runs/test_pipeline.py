@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from conftest import compose
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
+from ultrarefiner.models import weights
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.experiment import run
+from ultrarefiner.runs.plan import plan
 
 
 def directories(root) -> dict:
@@ -67,6 +69,9 @@ def test_the_sam_file_of_phase_two_loads_in_segment_anything_unchanged(finished_
     plain = Sam(encoder, PromptEncoder(64, (16, 16), (128, 128), mask_in_chans=16), decoder)
     path = directories(finished_runs)["sam"] / "checkpoints" / "best_sam.pth"
     plain.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    said = weights.read_metadata(path.with_suffix(".safetensors"))
+    assert said["licence"] == "Apache-2.0" and json.loads(said["ultrarefiner"])["phase"]["name"] == "sam"
+    assert len(json.loads(said["seen"])["trained"]) == 12 and not list(path.parent.glob("*.json"))
 
 
 def test_phase_three_starts_from_both_earlier_phases(finished_runs, tmp_path):
@@ -74,12 +79,12 @@ def test_phase_three_starts_from_both_earlier_phases(finished_runs, tmp_path):
     shutil.copytree(finished_runs, root)
     found = directories(root)
     e2e = run(compose(f"output_root={root}", "model.schedule.e2e.epochs=1", "phase.coarse_lr=0", "phase.sam_lr=0"))
-    weights = files.load(e2e / "checkpoints" / "best.ckpt")["state_dict"]
+    after = files.load(e2e / "checkpoints" / "best.ckpt")["state_dict"]
     for phase in ("coarse", "sam"):
         earlier = files.load(found[phase] / "checkpoints" / "best.ckpt")["state_dict"]
         for name, value in earlier.items():
             if "running" not in name and "num_batches" not in name:
-                torch.testing.assert_close(weights[name], value, msg=name)
+                torch.testing.assert_close(after[name], value, msg=name)
 
 
 def test_the_same_call_reuses_and_a_changed_setting_gets_its_own_directory(finished_runs, tmp_path, capsys):
@@ -119,7 +124,7 @@ def test_require_names_the_command_that_builds_what_is_missing(tmp_path):
 )
 def test_a_phase_two_checkpoint_of_other_settings_is_refused(finished_runs, tmp_path, override, field):
     folder = directories(finished_runs)["sam"] / "checkpoints"
-    for name in ("best.ckpt", "best_sam.pth"):
+    for name in ("best.ckpt", "best_sam.pth", "best_sam.safetensors"):
         with pytest.raises(UserError, match=rf"{name}.*{field}"):
             run(compose(f"output_root={tmp_path}", f"phase.sam_checkpoint={folder / name}", override))
     assert not list(tmp_path.rglob("checkpoints"))
@@ -127,17 +132,21 @@ def test_a_phase_two_checkpoint_of_other_settings_is_refused(finished_runs, tmp_
 
 def test_checkpoints_by_path_give_the_same_start_as_the_runs_themselves(finished_runs, tmp_path):
     found = directories(finished_runs)
-    given = [f"phase.{name}_checkpoint={found[name] / 'checkpoints' / 'best.ckpt'}" for name in ("coarse", "sam")]
-    plain = [
-        f"phase.{name}_checkpoint={found[name] / 'checkpoints' / f'best_{name}.pth'}" for name in ("coarse", "sam")
-    ]
     settings = [f"output_root={tmp_path}", "model.schedule.e2e.epochs=1"]
+    given = [f"phase.{name}_checkpoint={found[name] / 'checkpoints' / 'best.ckpt'}" for name in ("coarse", "sam")]
+    plain, safe = (
+        [f"phase.{name}_checkpoint={found[name] / 'checkpoints' / f'best_{name}{end}'}" for name in ("coarse", "sam")]
+        for end in (".pth", ".safetensors")
+    )
+    whole = [f"phase.{name}_checkpoint={found[name]}" for name in ("coarse", "sam")]
+    begun = [plan(compose(*settings, *paths))[-1].directory for paths in (given, whole)]
+    assert begun[0] == begun[1]  # the directory of a run stands for its best checkpoint
     results = [
         files.load(run(compose(*settings, *paths)) / "checkpoints" / "best.ckpt")["state_dict"]
-        for paths in (given, plain)
+        for paths in (given, plain, safe)
     ]
     for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+        assert torch.equal(value, results[1][name]) and torch.equal(value, results[2][name]), name
 
 
 def test_a_checkpoint_of_the_wrong_phase_is_refused(finished_runs, tmp_path):

@@ -241,7 +241,7 @@ def other_fold(tmp_path_factory):
     return run(compose(*SEEN, "phase=coarse", f"output_root={root}", "dataset.folds=3")) / "checkpoints"
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", "best_coarse.pth"])
+@pytest.mark.parametrize("name", ["best.ckpt", "best_coarse.pth", "best_coarse.safetensors"])
 @pytest.mark.parametrize("key", ["phase.coarse_checkpoint", "model.coarse_weights"])
 def test_weights_that_have_seen_test_cases_are_refused(other_fold, tmp_path, name, key):
     """Known mistake 12: the fold has the same number, the partition is another."""

@@ -1,7 +1,9 @@
 """The data of one fold, for Lightning: split, cache and loaders."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import cv2
@@ -38,7 +40,8 @@ class DataModule(pl.LightningDataModule):
         num_workers: processes of each loader; the batches do not depend on it.
         augment: of the training part.
         simulator: of coarse predictions, for all parts; the same ones in every epoch for val and test.
-        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part.
+        predictions: real coarse predictions, of which a share takes the place of simulated ones in the training part,
+            and all of them in the others.
         masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
         frame: False leaves out the images at S (Phase 1 needs only C).
@@ -194,7 +197,9 @@ class DataModule(pl.LightningDataModule):
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, several = (self.predictions, self.masks_per_image) if part == "train" else (None, 1)
+        predictions, several = self.predictions, self.masks_per_image
+        if part != "train":
+            predictions, several = predictions and replace(predictions, ratio=1.0), 1
         cases = self.split.part(part)  # it also finds the masks
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
         return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
@@ -217,7 +222,7 @@ class DataModule(pl.LightningDataModule):
             collate_fn=collate,
             drop_last=shuffle and len(sampler) > batch_size,  # a single short batch is better than none
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
         )
 
     @cached_property
@@ -246,7 +251,11 @@ class DataModule(pl.LightningDataModule):
         return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(parent: int, _: int) -> None:
+    # PyTorch's own watch takes whoever is the parent now: a worker whose process was killed while this one was starting
+    # would wait for ever. (There are no parents on Windows, and no such trouble.)
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(1)
     cv2.setNumThreads(0)  # a worker is one of many: OpenCV would start a thread for each core in each of them
 
 

@@ -51,6 +51,8 @@ class EfficientUNet(nn.Module):
         UserError: `image_size` is not a multiple of 32.
     """
 
+    licence = "Apache-2.0"  # of the weights that it starts from
+
     def __init__(
         self,
         image_size: int = 224,

@@ -40,6 +40,7 @@ class Sam(nn.Module):
         image_size: side of the image it takes, px. mask_size: side of mask prompts and of its output, px.
         embeddings: where the embeddings of a frozen encoder are kept for the next time; None computes them always.
         trained_on: data sets (of conf/dataset) that its published weights have seen; none where they are random.
+        licence: of its published weights, and of what is made from them.
         multimask: whether `decode` gives the three masks (True) or the single-mask token's (False), K = 3 or 1.
 
     Args:
@@ -62,7 +63,7 @@ class Sam(nn.Module):
         for name, value in others.items():
             setattr(self, name, value.requires_grad_(False))
         self.multimask = FAMILIES[family].multimask
-        self.trained_on = FAMILIES[family].trained_on
+        self.trained_on, self.licence = FAMILIES[family].trained_on, FAMILIES[family].licence
         self.embeddings: EmbeddingCache | None = None
         self.image_size: int = prompt_encoder.input_image_size[0]
         self.mask_size: int = prompt_encoder.mask_input_size[0]

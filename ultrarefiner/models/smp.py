@@ -20,13 +20,11 @@ class SmpNetwork(nn.Module):
         architecture: such as unet, unetplusplus, fpn, segformer.
         encoder: such as resnet34, efficientnet-b3, tu-convnext_tiny.
         encoder_weights: "imagenet" and others that the library fetches from the internet; None starts from random ones.
-        image_size: side of the image in px.
         mean, std: what the encoder's weights expect of each channel of an image in [0, 1].
         options: further arguments of the architecture's class.
 
     Raises:
-        UserError: the library is not installed, knows no such name, cannot fetch the weights, or the network does not
-            give logits of the image's own size.
+        UserError: the library is not installed, knows no such name, or cannot fetch the weights.
     """
 
     def __init__(
@@ -34,7 +32,6 @@ class SmpNetwork(nn.Module):
         architecture: str = "unet",
         encoder: str = "resnet34",
         encoder_weights: str | None = "imagenet",
-        image_size: int = 224,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         **options: Any,
@@ -60,27 +57,12 @@ class SmpNetwork(nn.Module):
             ) from error
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self._try(image_size, f"{architecture} on {encoder}")
 
     def forward(self, image: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 2 H W"]:
         """Logits of background and lesion."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
         logits: Tensor = self.network((image.expand(-1, 3, -1, -1) - mean) / std)
         return logits
-
-    @torch.no_grad()
-    def _try(self, size: int, what: str) -> None:
-        training = self.training
-        self.eval()
-        try:
-            found = tuple(self.network(torch.zeros(1, 3, size, size)).shape)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"model.coarse: {what} refuses images of {size} px ({' '.join(str(error).split())})"
-            ) from error
-        self.train(training)
-        if found != (1, 2, size, size):
-            raise UserError(f"model.coarse: {what} gives {found} for an image of {size} px, not (1, 2, {size}, {size})")
 
 
 def _check(key: str, name: str, known: list[str]) -> None:

@@ -239,6 +239,8 @@ class TransUNet(nn.Module):
         UserError: ``image_size``, ``num_classes`` or ``n_skip`` do not fit the configuration.
     """
 
+    licence = "Apache-2.0"  # of the published code and weights
+
     def __init__(
         self, config: TransUNetConfig, image_size: int = 224, num_classes: int = 2, n_skip: int | None = None
     ) -> None:

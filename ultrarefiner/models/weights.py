@@ -250,8 +250,8 @@ def write_state_dict(
         return
     from safetensors.torch import save_file
 
-    with files.replacing(path) as part:
-        save_file(plain, part, metadata={"format": "pt", **metadata})
+    with files.replacing(path) as part:  # that format knows no two names for one tensor
+        save_file({name: value.clone() for name, value in plain.items()}, part, metadata={"format": "pt", **metadata})
 
 
 def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -64,6 +64,14 @@ class E2EPhase(Phase):
                 f"protection.freeze_epochs holds the coarse network and {holder} all of SAM: nothing would move in "
                 "the first epoch; set one of them to 0"
             )
+        if 2 * protection.freeze_epochs > epochs:
+            log.warning(
+                "protection.freeze_epochs=%d leaves the coarse network %d of %d epochs to move in; Phase 3 is there to "
+                "move it",
+                protection.freeze_epochs,
+                max(epochs - protection.freeze_epochs, 0),
+                epochs,
+            )
         self.baseline: float | None = None
         """Validation Dice of the Phase 1 network, which every epoch is compared with."""
         self._best_coarse: tuple[float, dict[str, Tensor]] | None = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ultrarefiner.results.calibration import Calibration
 from ultrarefiner.results.drawing import BLUE, GREY, ORANGE, VERMILION, figure, notice, save, style
 from ultrarefiner.results.statistics import MARGIN
+
+Values = Sequence[float] | NDArray[Any]
 
 
 def reliability(named: dict[str, Calibration], out: Path) -> None:
@@ -40,7 +44,7 @@ def reliability(named: dict[str, Calibration], out: Path) -> None:
     return save(drawn, out)
 
 
-def scatter(coarse: Sequence[float], refined: Sequence[float], out: Path, margin: float = MARGIN) -> None:
+def scatter(coarse: Values, refined: Values, out: Path, margin: float = MARGIN) -> None:
     """The refined Dice of each case against its coarse Dice; above the diagonal it got better.
 
     Args:
@@ -73,7 +77,7 @@ def scatter(coarse: Sequence[float], refined: Sequence[float], out: Path, margin
     return save(drawn, out)
 
 
-def differences(coarse: Sequence[float], refined: Sequence[float], out: Path, margin: float = MARGIN) -> None:
+def differences(coarse: Values, refined: Values, out: Path, margin: float = MARGIN) -> None:
     """How many cases changed by how much: a histogram of refined − coarse Dice; see `scatter`."""
     x, y = _both(coarse, refined)
     if not x.size:
@@ -93,7 +97,7 @@ def differences(coarse: Sequence[float], refined: Sequence[float], out: Path, ma
     return save(drawn, out)
 
 
-def _both(one: Sequence[float], other: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _both(one: Values, other: Values) -> tuple[np.ndarray, np.ndarray]:
     pairs = np.array([one, other], dtype=float)
     x, y = pairs[:, np.isfinite(pairs).all(0)]
     return x, y

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Num, UInt8, UInt16
 
 from ultrarefiner.files import number
-from ultrarefiner.results.drawing import COLOURS, GREEN, GREY, VERMILION, figure, notice, save, style
+from ultrarefiner.results.drawing import COLOURS, GREEN, GREY, figure, notice, save, style
 from ultrarefiner.results.tables import one_line
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Overlay(NamedTuple):
 def curves(
     metrics_csv: Path,
     out: Path,
-    baseline: float | None = None,
+    baseline: Mapping[str, float] = MappingProxyType({}),
     best_epoch: int | None = None,
     freeze_epochs: int = 0,
 ) -> None:
@@ -53,7 +54,7 @@ def curves(
         metrics_csv: as Lightning's CSVLogger writes it: columns epoch (from 0), train/loss, val/loss, val/coarse/dice,
             val/refined/dice, lr…, with blanks where a row has nothing to say. A panel without data is left out.
         out: the PNG to write.
-        baseline: Dice of the coarse network before it was trained end to end, drawn as a horizontal line.
+        baseline: Dice of the masks ("coarse", "refined") before end-to-end training, drawn as horizontal lines.
         best_epoch: whose weights were kept, counted from 0 as in summary.json; -1 for none.
         freeze_epochs: in how many epochs, from the first, a network did not move.
     """
@@ -74,8 +75,10 @@ def curves(
         for name, (epochs, values) in lines.items():
             colour = COLOURS.get(name) or next(others)
             axes.plot(epochs, values, color=colour, label=name, linewidth=1.6, marker="o", markersize=2.5)
-        if title == "validation Dice" and baseline is not None and math.isfinite(baseline):
-            axes.axhline(baseline, color=VERMILION, linewidth=1.2, linestyle="--", label=f"baseline {baseline:.3f}")
+        for name, value in baseline.items() if title == "validation Dice" else ():
+            if math.isfinite(value):
+                label = f"{name} before {value:.3f}"
+                axes.axhline(value, color=COLOURS[name], linewidth=1.2, linestyle="--", label=label)
         _mark_epochs(axes, max(max(epochs) for epochs, _ in lines.values()), best_epoch, freeze_epochs)
         style(axes, title, "epoch")
         if title == "learning rate" and max(max(values) for _, values in lines.values()) > 0:

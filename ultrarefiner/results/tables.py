@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ultrarefiner.data.cases import PARTS
-from ultrarefiner.files import read_json
+from ultrarefiner.files import number, read_json
 
 FILES = (
     ("cases.csv", "every test case"),
@@ -153,10 +153,10 @@ def difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
     """A paired difference of Dice over the test cases, for people."""
     return {
         "Dice, paired": name,
-        "mean [95 %]": "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**change),
-        "p": format(change["p"], ".2g"),
-        "worse by 0.01": format(change["worse"], ".0%"),
-        "better": format(change["better"], ".0%"),
+        "mean [95 %]": "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(number(change[key]) for key in ("mean", "low", "high"))),
+        "p": format(number(change["p"]), ".2g"),
+        "worse by 0.01": format(number(change["worse"]), ".0%"),
+        "better": format(number(change["better"]), ".0%"),
     }
 
 

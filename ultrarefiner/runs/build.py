@@ -83,13 +83,17 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
         image_size=cfg.model.image_size,
         batch_size=cfg.phase.batch_size,
         num_workers=cfg.trainer.num_workers,
-        augment=None if dataset.augment is None else build(dataset.augment, "dataset.augment"),
+        augment=build(dataset.augment, "dataset.augment") if _augments(cfg) else None,
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
         masks=_masks(cfg) if kind.simulated else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
         frame=kind.frame,
         without=plain(dataset.without),
     )
+
+
+def _augments(cfg: DictConfig) -> bool:
+    return cfg.dataset.augment is not None and cfg.phase.augment
 
 
 def _masks(cfg: DictConfig) -> MaskFiles | None:
@@ -178,8 +182,30 @@ def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     weights = file or cfg.model.coarse_weights
     if weights is not None:
         load_coarse(coarse, Path(weights).expanduser())
+    _try(coarse, cfg.model.coarse_size, cfg.model.coarse["_target_"])
     assert isinstance(coarse, torch.nn.Module)
     return coarse
+
+
+@torch.no_grad()
+def _try(coarse: torch.nn.Module, size: int, target: str) -> None:
+    """Show a coarse network one image: what is wrong with it must come out before anything is trained.
+
+    Raises:
+        UserError: it refuses the image, or does not give finite logits of two classes at the image's size.
+    """
+    training, image = coarse.training, torch.linspace(0, 1, size * size).view(1, 1, size, size)
+    try:
+        logits = coarse.eval()(image)
+        found, wanted = tuple(getattr(logits, "shape", [type(logits).__name__])), (1, 2, size, size)
+        if found != wanted:
+            raise UserError(f"model.coarse: {target} gives {found} for an image of {size} px, not {wanted}")
+        if not logits.isfinite().all():
+            raise UserError(f"model.coarse: {target} gives NaN or infinite logits; other weights, or another network")
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.coarse: {target} refuses an image of (1, 1, {size}, {size}): {reason}") from error
+    coarse.train(training)
 
 
 def load_coarse(coarse: torch.nn.Module, path: Path) -> None:
@@ -229,7 +255,7 @@ def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> Embeddin
     """
     obstacles = {
         "a crop follows the coarse mask and is never met again; set roi=off": not isinstance(roi, FullFrame),
-        "an augmented image is never met again; set dataset.augment=null": cfg.dataset.augment is not None,
+        "an augmented image is never met again; set phase.augment=false": _augments(cfg),
         "the image encoder is trained; set model.train.image_encoder=false and model.lora.rank=0": any(
             p.requires_grad for p in sam.image_encoder.parameters()
         ),

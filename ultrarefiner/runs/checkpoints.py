@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, read without running code, the previous one kept."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load, read_json, replacing
+from ultrarefiner.files import load, replacing
+from ultrarefiner.models.weights import SAFETENSORS, read_metadata
 from ultrarefiner.settings import portable
 
 log = logging.getLogger(__name__)
 
 BUILDS = ("model", "prompt_style", "roi", "gate", "phase", "fold", "seed")
 """The nodes of the configuration that a checkpoint carries."""
+SAID = ("ultrarefiner", "config", "seen")
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
@@ -34,19 +37,28 @@ def about(settings: dict[str, Any], config: dict[str, Any], seen: Seen) -> dict[
 
 
 def said_of(path: Path, content: Any = None) -> dict[str, Any]:
-    """What a checkpoint of ours says of itself, inside or in the file beside it (see `about`); nothing of others.
+    """What a checkpoint of ours says of itself (see `about`); nothing of others.
+
+    Plain weights say it in their .safetensors file; for a .pth file, the one beside it that was written with it.
 
     Args:
         path: of the checkpoint.
         content: what is in it, where it was read already.
+
+    Raises:
+        UserError: what it says is damaged.
     """
-    beside = path.with_suffix(".json")
-    if beside.is_file():
-        content = read_json(beside)
+    beside = path.with_suffix(SAFETENSORS)
+    if path.suffix != ".ckpt" and beside.is_file():
+        said = read_metadata(beside)
+        try:
+            content = {name: json.loads(said[name]) for name in SAID if name in said}
+        except ValueError as error:
+            raise UserError(f"the metadata of {beside} are damaged ({error}); copy or make it again") from error
     elif content is None:
         content = load(path) if path.suffix == ".ckpt" else {}
-    known = isinstance(content, dict) and {"ultrarefiner", "config", "seen"} <= set(content)
-    return {name: content[name] for name in ("ultrarefiner", "config", "seen")} if known else {}
+    known = isinstance(content, dict) and set(SAID) <= set(content)
+    return {name: content[name] for name in SAID} if known else {}
 
 
 def best(directory: Path) -> dict[str, Any]:

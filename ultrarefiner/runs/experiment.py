@@ -42,7 +42,8 @@ def run(cfg: DictConfig) -> Path:
         tables.summary(target.directory, finished_before=True)
         return target.directory
     # All that can be wrong is found out here, before hours go into earlier phases.
-    target.data.prepare_data()
+    for each in runs:
+        each.data.prepare_data()
     begun = start.prepare(target)
     with lock(target.directory, wait=False):
         to_do = agreed([each.directory for each in unfinished(runs)])

@@ -51,16 +51,17 @@ def add_predictions(run: Run) -> None:
         run.data.simulator = build(plain(run.cfg.phase.failures) | fitted, "phase.failures")
 
 
-def _predict(predictor: Run, missing: list[int], predictions: Predictions) -> None:
+def _predict(predictor: Run, missing: dict[str, list[int]], predictions: Predictions) -> None:
     phase = build_phase(predictor.cfg, predictor.kind, {})
     phase.load_state_dict(checkpoints.best(predictor.directory)["state_dict"])
     on_gpu = predictor.cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     phase.to("cuda" if on_gpu else "cpu")
-    held = Subset(predictor.data.dataset("held"), missing)
-    for batch in DataLoader(held, predictor.cfg.phase.batch_size, collate_fn=collate):
-        logits = phase.predict(batch)["coarse"].float().cpu().numpy()
-        for index, logit in zip(batch["index"], logits, strict=True):
-            predictions.save(predictor.data.split.held[int(index)], logit[0])
+    for part, positions in missing.items():
+        cases = Subset(predictor.data.dataset(part), positions)
+        for batch in DataLoader(cases, predictor.cfg.phase.batch_size, collate_fn=collate):
+            logits = phase.predict(batch)["coarse"].float().cpu().numpy()
+            for index, logit in zip(batch["index"], logits, strict=True):
+                predictions.save(predictor.data.split.part(part)[int(index)], logit[0])
 
 
 def _pairs(

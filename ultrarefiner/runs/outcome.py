@@ -11,8 +11,9 @@ from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
-from ultrarefiner.files import save, write_atomically, write_csv
+from ultrarefiner.files import save, write_csv, write_json
 from ultrarefiner.models.lora import merge_lora
+from ultrarefiner.models.weights import SAFETENSORS, write_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import pictures, statistics
 from ultrarefiner.results.evaluation import MASKS, Rows, native_masks
@@ -59,7 +60,7 @@ class Outcome:
 
     def finish(self) -> None:
         """Write the summary, the last of all: a directory with a summary is a finished run."""
-        write_atomically(self.run.directory / "summary.json", json.dumps(self.summary, indent=2).encode())
+        write_json(self.run.directory / "summary.json", self.summary)
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -96,7 +97,9 @@ class Outcome:
         """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
-        baseline = self.summary["baseline"]["val"]["coarse"]["dice"] if self.baseline else None
+        baseline = (
+            {name: scores["dice"] for name, scores in self.summary["baseline"]["val"].items()} if self.baseline else {}
+        )
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}
@@ -125,7 +128,10 @@ class Outcome:
 
 
 def _save_networks(phase: Phase, folder: Path) -> None:
-    """The best weights of each network under its publisher's own names, their settings beside them."""
+    """The best weights of each network under its publisher's own names, for us and for other programs.
+
+    The .safetensors file also says what the network is; see `checkpoints.said_of`.
+    """
     cascade = phase.cascade
     states = {
         "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
@@ -133,10 +139,13 @@ def _save_networks(phase: Phase, folder: Path) -> None:
     }
     if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
         save(cascade.gate.state_dict(), folder / f"best_sam{GATE}")
+    licences = {"coarse": cascade.coarse, "sam": None if cascade.refiner is None else cascade.refiner.sam}
     for name, state in states.items():
         if state is not None:
-            save({key: value.detach().cpu() for key, value in state.items()}, folder / f"best_{name}.pth")
-            write_atomically(folder / f"best_{name}.json", json.dumps(phase.carried, indent=2).encode())
+            said = {key: json.dumps(value) for key, value in phase.carried.items()}
+            said["licence"] = str(getattr(licences[name], "licence", "unknown"))
+            for ending in (".pth", SAFETENSORS):
+                write_state_dict(state, folder / f"best_{name}{ending}", said)
 
 
 def _cases(run: Run, rows: Rows, baseline: Rows | None) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.cases import HELD, PARTS
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
@@ -24,6 +25,7 @@ from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs.build import build_data, build_store
+from ultrarefiner.runs.checkpoints import BEST
 from ultrarefiner.runs.provenance import run_directory
 from ultrarefiner.settings import COARSE, SAM, defining
 
@@ -71,10 +73,17 @@ class Run:
         """The predictors' predictions of its training cases."""
         return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio)
 
-    def unpredicted(self, predictor: "Run") -> list[int]:
-        """The positions of a predictor's held-out cases that it has not predicted yet."""
-        held = predictor.data.split.held
-        return [i for i, case in enumerate(held) if not self.predictions.path(case).is_file()]
+    def unpredicted(self, predictor: "Run") -> dict[str, list[int]]:
+        """The cases that a predictor has not predicted yet: the parts they are of, and their positions there.
+
+        Each one predicts what was held out of its training; the first one also the cases that none was trained on.
+        """
+        unknown = PARTS[1:] if predictor is self.predictors[0] and self.cfg.phase.real_ratio > 0 else ()
+        missing = {}
+        for part in (HELD, *unknown):
+            cases = predictor.data.split.part(part)
+            missing[part] = [i for i, case in enumerate(cases) if not self.predictions.path(case).is_file()]
+        return {part: positions for part, positions in missing.items() if positions}
 
 
 def plan(cfg: DictConfig) -> list[Run]:
@@ -187,6 +196,16 @@ def _settled(cfg: DictConfig) -> DictConfig:
         cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
+    for name in (COARSE, SAM):
+        given = cfg.phase.get(f"{name}_checkpoint")
+        untrained = name == COARSE and (cfg.model.coarse_weights is None or cfg.model.coarse_weights.endswith(".npz"))
+        if given == AUTO or (given == "pretrained" and untrained):
+            raise UserError(
+                f"phase.{name}_checkpoint={given}: no published file is a trained {name} network; give a checkpoint, "
+                "or null for the run that this configuration describes"
+            )
+        if given and (inside := Path(given).expanduser() / "checkpoints" / BEST).is_file():
+            cfg.phase[f"{name}_checkpoint"] = str(inside)  # the directory of a run was given
     node = cfg.phase.get("sam", cfg.phase)
     if "softness" in node:
         for name in ("softness", "bins"):

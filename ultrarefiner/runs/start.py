@@ -14,7 +14,7 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, read_json
-from ultrarefiner.models.weights import load_strictly, require_finite
+from ultrarefiner.models.weights import SAFETENSORS, load_strictly, require_finite
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build_phase, load_start
@@ -117,11 +117,11 @@ def command(phase: str, more: Sequence[str] = ()) -> str:
 
 
 def _read(run: Run, name: str, path: Path, given: Given) -> Seen:
-    """A checkpoint of ours with its settings, weights of ours with them in a file beside, or a publisher's file."""
+    """A checkpoint of ours, plain weights of ours, both with their settings, or a publisher's file."""
     key = f"phase.{name}_checkpoint={path}"
     if path.suffix == ".npz":  # of TransUNet's authors' image classifier: no run of ours ends in one
         raise UserError(f"{key} is not a segmentation network; give it as model.coarse_weights")
-    content = load(path)
+    content = {} if path.suffix == SAFETENSORS else load(path)
     said = checkpoints.said_of(path, content)
     ours = isinstance(content, dict) and "ultrarefiner" in content
     if said:

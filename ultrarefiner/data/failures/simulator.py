@@ -332,8 +332,7 @@ def _by_pixels(mask: Mask, level: Field, wanted: Wanted, rng: Rng) -> Mask:
     return predicted
 
 
-def _checked_mask(mask: Bool[np.ndarray, "H W"]) -> Mask:
-    mask = np.asarray(mask)
+def _checked_mask(mask: NDArray[Any]) -> Mask:
     if mask.ndim != 2 or mask.size == 0:
         raise UserError(f"A lesion mask has shape {mask.shape}: give one of shape (height, width).")
     if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
