@@ -1,6 +1,7 @@
 """A trained pipeline as one object: what it draws is what the training measured."""
 
 import csv
+import io
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from ultrarefiner.results.evaluation import native_masks
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs.plan import plan
-from ultrarefiner.segmenter import Segmenter
+from ultrarefiner.segmenter import Segmenter, apart
 
 
 def runs(root):
@@ -113,6 +114,103 @@ def test_phase_one_alone_redraws_nothing(e2e, finished_runs):
     image, _ = data.reader.read(data.split.test[0])
     found = Segmenter.load(runs(finished_runs)["coarse"])(image)
     assert np.array_equal(found.mask, found.coarse) and found.box is None and not found.accepted
+    assert found.refined is None and "no refiner" in found.reason
+
+
+def with_options(segmenter, **options):
+    return Segmenter(segmenter.cascade, segmenter.image_size, segmenter.coarse_size, "cpu", **options)
+
+
+def test_a_rejected_mask_leaves_the_coarse_one(e2e):
+    _, data, segmenter = e2e
+    image, truth = data.reader.read(data.split.test[0])
+    free = segmenter(image, coarse=truth)
+    assert free.accepted and free.reason == "" and np.array_equal(free.mask, free.refined)
+    strict = with_options(segmenter, safety=Safety(min_iou=1.0, min_dice=None, max_area=1e-6))(image, coarse=truth)
+    assert not strict.accepted and np.array_equal(strict.mask, strict.coarse)
+    assert "predicted IoU" in strict.reason and "; area" in strict.reason
+    assert np.array_equal(strict.refined, free.refined) and strict.iou == free.iou and strict.box == free.box
+    assert np.array_equal(strict.probability > 0.5, strict.mask)
+    assert np.array_equal(strict.coarse_probability, free.coarse_probability)
+    assert np.array_equal(free.coarse_probability > 0.5, free.coarse)
+
+
+def test_no_lesion_stays_none_also_beside_images_with_one(e2e):
+    _, data, segmenter = e2e
+    image, truth = data.reader.read(data.split.test[0])
+    none = np.zeros_like(truth)
+    for options in ({}, {"lesions": "each"}, {"tta": ["flips", "scales"]}):
+        careful = with_options(segmenter, safety=Safety(min_dice=None, min_area=None, max_area=None), **options)
+        empty, full, again = careful.batch([image] * 3, [none, truth, none])
+        for one in (empty, again):
+            assert not one.mask.any() and not one.accepted and one.reason == "the coarse mask is empty"
+            assert one.refined is None and one.iou is None and one.box is None and one.uncertainty == 0
+        assert full.accepted and np.array_equal(full.mask, careful(image, coarse=truth).mask)
+
+
+def test_each_lesion_by_itself(e2e):
+    """The union of what is drawn of each alone; of a single lesion there is no difference."""
+    _, data, segmenter = e2e
+    image, truth = data.reader.read(data.split.test[0])
+    each = with_options(segmenter, lesions="each", safety=Safety.none())
+    assert np.array_equal(each(image, coarse=truth).mask, segmenter(image, coarse=truth).mask)
+    height, width = image.shape
+    y, x = np.mgrid[:height, :width]
+    left = (x - 0.25 * width) ** 2 + (y - 0.3 * height) ** 2 < (0.12 * width) ** 2
+    right = (x - 0.75 * width) ** 2 + (y - 0.7 * height) ** 2 < (0.1 * width) ** 2
+    found = each(image, coarse=left | right)
+    alone = [segmenter(image, coarse=one) for one in (left, right)]
+    assert np.mean(found.mask ^ (alone[0].mask | alone[1].mask)) < 0.02
+    assert found.iou == pytest.approx(min(one.iou for one in alone), abs=0.05)
+    assert found.box[0] == pytest.approx(min(one.box[0] for one in alone), abs=2)
+    assert found.box[3] == pytest.approx(max(one.box[3] for one in alone), abs=2)
+    with pytest.raises(UserError, match="lesions must be"):
+        with_options(segmenter, lesions="all")
+
+
+def test_lesions_of_a_map_are_parted_where_they_are_nearest(e2e):
+    logit = torch.full((1, 20, 30), -3.0)
+    logit[0, 4:9, 4:9], logit[0, 12:15, 20:23], logit[0, 18, 2] = 2.0, 1.0, 0.5
+    parts = apart(logit)
+    assert parts.shape == (3, 1, 20, 30)
+    assert torch.equal(parts.amax(0), logit)  # nothing is lost
+    assert [int((part > 0).sum()) for part in parts] == [25, 9, 1]
+    assert ((parts > -16).sum(0) == 1).all()  # each pixel goes to one lesion
+    assert len(apart(logit, most=2)) == 2 and torch.equal(apart(logit, most=2).amax(0), logit)
+    assert torch.equal(apart(torch.full((1, 5, 5), -1.0)), torch.full((1, 1, 5, 5), -1.0))
+
+
+def test_the_mean_over_views(e2e):
+    """Of a mirrored image: the mirrored result, which it would not be of a single view."""
+    _, data, segmenter = e2e
+    image, _ = data.reader.read(data.split.test[0])
+    both = with_options(segmenter, tta="flips", safety=Safety.none())
+    found, mirrored = both(image), both(np.ascontiguousarray(image[:, ::-1]))
+    np.testing.assert_allclose(found.probability, mirrored.probability[:, ::-1], atol=1e-4)
+    one, other = segmenter(image), segmenter(np.ascontiguousarray(image[:, ::-1]))
+    np.testing.assert_allclose(found.probability, (one.probability + other.probability[:, ::-1]) / 2, atol=1e-5)
+    assert found.iou == pytest.approx((one.iou + other.iou) / 2, abs=1e-5)
+    scaled = with_options(segmenter, tta=["scales"])(image)
+    assert scaled.probability.shape == image.shape and np.isfinite(scaled.probability).all()
+
+
+def test_a_path_and_a_picture_of_the_result(e2e, tmp_path):
+    _, data, segmenter = e2e
+    image, _ = data.reader.read(data.split.test[0])
+    Image.fromarray(image).save(tmp_path / "image.png")
+    found = segmenter(str(tmp_path / "image.png"))
+    assert np.array_equal(found.mask, segmenter(image).mask) and np.array_equal(found.image[..., 0], image)
+    with Image.open(io.BytesIO(found._repr_png_())) as picture:
+        assert picture.size == image.shape[::-1] and picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture), found.overlay())
+    assert f"{image.shape[1]} × {image.shape[0]}" in repr(found) and "redrawn" in repr(found)
+    with pytest.raises(UserError, match="nowhere"):
+        segmenter(tmp_path / "nowhere.png")
+
+
+def test_a_device_that_is_not_there(e2e):
+    with pytest.raises(UserError, match="device=toaster is not there"):
+        Segmenter(e2e[2].cascade, 64, 32, "toaster")
 
 
 def test_a_checkpoint_is_one_file_that_carries_its_configuration(e2e, tmp_path):

@@ -4,6 +4,7 @@ Whatever needs torch is imported where it is used, so that `--help`, `--cfg job`
 """
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,7 @@ def _predict(cfg: DictConfig) -> None:
     from ultrarefiner.files import sha256
     from ultrarefiner.results.prediction import Predictions, alone_in, predict, progress, summary
 
+    warnings.filterwarnings("ignore", module=r"PIL|pydicom")  # what is wrong with a file is said at the end
     output = Path(cfg.output).expanduser()
     found = find_scans(cfg.images, output)
     masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)

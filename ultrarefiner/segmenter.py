@@ -25,7 +25,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.files import load
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.results.measures import separate
+from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
@@ -183,18 +183,33 @@ class Segmenter:
         """One result of all views: the mean of each map, and the redrawn one only where the rules accept it."""
         shape = (image.shape[0], image.shape[1])
         coarse_prob, coarse = self._mean([one.coarse for one in drawn], shape)
+        prob, mask, refined, iou = coarse_prob, coarse, None, None
         if self.cascade.refiner is None:
-            return self._result(image, coarse_prob, coarse, reason="the run has no refiner (phase=coarse)")
-        if drawn[0].refined is None:
-            return self._result(image, coarse_prob, coarse, reason=NO_LESION)
-        # A view in which nothing was found says so with its coarse map.
-        finals = [one.coarse if one.refined is None else one.refined for one in drawn]
-        prob, refined = self._mean(finals, shape)
-        iou = float(np.mean([one.iou for one in drawn if one.iou is not None]))
-        reason = "; ".join(self.safety.reasons(coarse, refined, iou))
-        if reason:
-            prob = coarse_prob
-        return self._result(image, prob, coarse, refined, drawn[0].box, iou, reason)
+            reason = "the run has no refiner (phase=coarse)"
+        elif drawn[0].refined is None:
+            reason = NO_LESION
+        else:
+            # A view in which nothing was found says so with its coarse map.
+            redrawn, refined = self._mean([one.coarse if one.refined is None else one.refined for one in drawn], shape)
+            iou = float(np.mean([one.iou for one in drawn if one.iou is not None]))
+            reason = "; ".join(self.safety.reasons(coarse, refined, iou))
+            if not reason:
+                prob, mask = redrawn, refined
+        either = mask | coarse
+        undecided = 4 * prob * (1 - prob)
+        return Segmentation(
+            mask=mask,
+            coarse=coarse,
+            probability=prob,
+            box=drawn[0].box,
+            accepted=not reason,
+            uncertainty=float(undecided[either].mean()) if either.any() else 0.0,
+            iou=iou,
+            reason=reason,
+            refined=refined,
+            coarse_probability=coarse_prob,
+            image=image,
+        )
 
     def _mean(
         self, logits: Sequence[Float[Tensor, "1 _ _"]], shape: tuple[int, int]
@@ -206,29 +221,12 @@ class Segmenter:
         prob = mean([view.back(one, shape) for view, one in zip(self.views, probs, strict=True)])
         return prob, prob > 0.5
 
-    def _result(
-        self,
-        image: Picture,
-        probability: Float32[np.ndarray, "H W"],
-        coarse: Bool[np.ndarray, "H W"],
-        refined: Bool[np.ndarray, "H W"] | None = None,
-        box: tuple[float, float, float, float] | None = None,
-        iou: float | None = None,
-        reason: str = "",
-    ) -> Segmentation:
-        accepted = refined is not None and not reason
-        mask = refined if refined is not None and accepted else coarse
-        either = mask | coarse
-        undecided = 4 * probability * (1 - probability)
-        uncertainty = float(undecided[either].mean()) if either.any() else 0.0
-        return Segmentation(mask, coarse, probability, box, accepted, uncertainty, iou, reason, refined, image)
-
     def _frame(self, picture: UInt8[np.ndarray, "H W"], size: int) -> Float[Tensor, "1 1 S S"]:
         return as_tensor(to_square(picture, size))[None].to(self.device)
 
     def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
         prob = map_to_square(mask.astype(np.float32), self.coarse_size)
-        return soft_logit(torch.from_numpy(prob)[None, None].to(self.device))
+        return soft_logit(torch.tensor(prob)[None, None].to(self.device))
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -285,7 +283,7 @@ def _native(logit: Float[Tensor, "1 h w"], picture: UInt8[np.ndarray, "H W"]) ->
     return F.interpolate(logit[None].float(), size=picture.shape, mode="bilinear", align_corners=False)[0]
 
 
-def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C C"]:
+def apart(logit: Float[Tensor, "1 H W"], most: int = 8) -> Float[Tensor, "n 1 H W"]:
     """A map for each lesion of a coarse map, in which all that is nearer to another lesion is background.
 
     Args:
@@ -294,11 +292,11 @@ def apart(logit: Float[Tensor, "1 C C"], most: int = 8) -> Float[Tensor, "n 1 C 
     """
     from scipy.ndimage import distance_transform_edt
 
-    lesions = separate((logit[0] > 0).cpu().numpy())[:most]
-    if len(lesions) < 2:
+    labels, count = numbered((logit[0] > 0).cpu().numpy())
+    if count < 2:
         return logit[None]
-    labels = np.sum([number * lesion for number, lesion in enumerate(lesions, 1)], axis=0)
-    rows, columns = distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    far = (labels == 0) | (labels > most)
+    rows, columns = distance_transform_edt(far, return_distances=False, return_indices=True)
     nearest = torch.from_numpy(labels[rows, columns]).to(logit.device)
     background = logit.clamp(max=_NOTHING)
-    return torch.stack([torch.where(nearest == number, logit, background) for number in range(1, len(lesions) + 1)])
+    return torch.stack([torch.where(nearest == number, logit, background) for number in range(1, min(count, most) + 1)])

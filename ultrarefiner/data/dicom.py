@@ -26,6 +26,15 @@ class Region(NamedTuple):
     spacing: tuple[float, float]
     """(row, column): the height and the width of a pixel, mm."""
 
+    @property
+    def area(self) -> float:
+        """In px."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    def holds(self, x: float, y: float) -> bool:
+        """Whether a point lies in it, px."""
+        return self.box[0] <= x <= self.box[2] and self.box[1] <= y <= self.box[3]
+
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its name or, as scanners write files without a suffix, by its first bytes."""
@@ -47,7 +56,9 @@ def read_header(path: Path) -> "Dataset":
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     advice = "export it uncompressed (Explicit VR Little Endian)"
-    syntax = read_file_meta_info(path).TransferSyntaxUID
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax is None:
+        raise UserError(f"{path} does not say how it is encoded (Transfer Syntax UID): {advice}.")
     # It is inflated as a whole before anything is known of its size.
     if syntax == DeflatedExplicitVRLittleEndian:
         raise UserError(f"{path} is a deflated DICOM file, which may fill the memory: {advice}.")
@@ -59,7 +70,7 @@ def read_header(path: Path) -> "Dataset":
     frames = frame_count(header)
     if not 1 <= frames <= MAX_FRAMES or not int(header.Rows) or not int(header.Columns):
         size = f"{frames} frames of {header.Columns} × {header.Rows} px"
-        raise UserError(f"{path} says that it holds {size}, and at most {MAX_FRAMES:,} are read: export it again.")
+        raise UserError(f"{path} says that it holds {size}: export it again, with 1 to {MAX_FRAMES:,} frames.")
     try:
         known = get_decoder(syntax).is_available
     except NotImplementedError:  # of films

@@ -1,31 +1,60 @@
 """What is measured of lesions: how many there are, how large, and where."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 MEASURES = ("area", "longest", "perpendicular", "centre_x", "centre_y", "x1", "y1", "x2", "y2")
 
 Mask = Bool[np.ndarray, "H W"]
 
 
-def separate(mask: Mask) -> list[Mask]:
-    """The lesions of a mask, the largest first; pixels that touch by a corner are one lesion."""
+class Lesion(NamedTuple):
+    """One lesion of an image: its box, cut out, and where that lies, px."""
+
+    mask: Mask
+    top: int
+    left: int
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """(x, y) of its area, px; 0 is the left and the top edge of the image."""
+        rows, columns = np.nonzero(self.mask)
+        return float(columns.mean()) + self.left + 0.5, float(rows.mean()) + self.top + 0.5
+
+
+def numbered(mask: Mask) -> tuple[Int[np.ndarray, "H W"], int]:
+    """The number of the lesion that each pixel belongs to, 1 the largest, 0 none; and how many there are.
+
+    Pixels that touch by a corner are one lesion.
+    """
     from scipy.ndimage import label
 
     labels, count = label(mask, np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    return [labels == number + 1 for number in np.argsort(-areas, kind="stable")]
+    ranks = np.zeros(count + 1, int)
+    ranks[1 + np.argsort(-areas, kind="stable")] = np.arange(1, count + 1)
+    return ranks[labels], count
 
 
-def measure(mask: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> dict[str, float]:
+def separate(mask: Mask) -> list[Lesion]:
+    """The lesions of a mask, the largest first; see `numbered`."""
+    from scipy.ndimage import find_objects
+
+    labels, _ = numbered(mask)
+    boxes = enumerate(find_objects(labels), 1)
+    return [Lesion(labels[box] == number, box[0].start, box[1].start) for number, box in boxes]
+
+
+def measure(lesion: Lesion | Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> dict[str, float]:
     """The size and the place of one lesion, in the unit of ``spacing``.
 
     Lengths go from edge to edge, so a single pixel is 1 long; 0 is the left and the top edge of the image.
 
     Args:
-        mask: the lesion; not empty.
+        lesion: it, or a mask of the whole image that is not empty.
         spacing: (row, column): the height and width of a pixel.
 
     Returns:
@@ -33,16 +62,15 @@ def measure(mask: Mask, spacing: tuple[float, float] = (1.0, 1.0)) -> dict[str, 
         across the lesion's convex hull at a right angle to that one; "centre_x", "centre_y", of its area; "x1", "y1",
         "x2", "y2", its box.
     """
-    down, across = spacing
+    mask, top, left = lesion if isinstance(lesion, Lesion) else (lesion, 0, 0)
     rows, columns = np.nonzero(mask)
-    longest, perpendicular = diameters(outline(mask) * (across, down))
-    centre = (columns.mean() + 0.5, rows.mean() + 0.5)
-    places = np.array([centre, (columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)]) * (across, down)
-    values = (len(rows) * down * across, longest, perpendicular, *places.ravel().tolist())
+    corners = np.add([(columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)], (left, top))
+    places = np.array([Lesion(mask, top, left).centre, *corners]) * spacing[::-1]
+    values = (len(rows) * math.prod(spacing), *diameters(outline(mask) * spacing[::-1]), *places.ravel().tolist())
     return dict(zip(MEASURES, values, strict=True))
 
 
-def describe(lesion: Mask | None, spacing: tuple[float, float] | None, area: int = 0) -> dict[str, str]:
+def describe(lesion: Lesion | None, spacing: tuple[float, float] | None, area: int = 0) -> dict[str, str]:
     """`measure` in px and in mm, as the cells of a table: "longest_px", "longest_mm", …; blank where it is not known.
 
     Args:

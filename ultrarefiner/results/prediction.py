@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -10,20 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
 from ultrarefiner.data.dicom import Region
 from ultrarefiner.data.scans import CoarseMasks, Scan, file_hash, load_coarse
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_csv, read_json, write_atomically, write_csv
-from ultrarefiner.results.measures import describe, separate
+from ultrarefiner.results.measures import Lesion, describe, separate
 from ultrarefiner.results.pictures import png
 from ultrarefiner.results.segmentation import Segmentation
 
 TABLE, LESIONS, SETTINGS = "predictions.csv", "lesions.csv", "settings.json"
 EXTRAS = ("probabilities", "overlays")
-SAVE_SECONDS = 2.0
-"""How often the tables are written: what was done since is done again after a kill."""
+SAVING = 0.05
+"""The most of the time that writing tables may take; what was done since the last time is done again after a kill."""
+_PARTIAL = re.compile(r"\..+\.(png|csv|json)-\w{8}")  # of `files.replacing`
 
 Rows = list[dict[str, Any]]
 Segment = Callable[[list[Any], list[Any] | None], list[Segmentation]]
@@ -69,12 +71,15 @@ class Predictions:
         self.folder, self.extras = folder, extras
         self.spacing = None if spacing is None else (spacing[0], spacing[1])
         self._claim(json.loads(json.dumps(settings)))
+        for left in folder.rglob(".*"):  # a write that was killed
+            if _PARTIAL.fullmatch(left.name):
+                left.unlink()
         self.rows: dict[str, dict[str, Any]] = {row["id"]: dict(row) for row in self._read(TABLE)}
         self.lesions: dict[str, Rows] = {id: [] for id in self.rows}
         for row in self._read(LESIONS):
             if row["id"] in self.rows:
                 self.lesions[row["id"]].append(dict(row))
-        self._saved = time.monotonic()
+        self._due = 0.0
 
     def has(self, name: str, marks: Mapping[str, str]) -> bool:
         """Whether a frame was done before, from the same files."""
@@ -118,26 +123,22 @@ class Predictions:
         ]
 
     def save(self, names: Sequence[str] = ()) -> None:
-        """Write the tables if the last time is a while ago; with names, now and in their order, others behind them."""
-        if names or time.monotonic() - self._saved > SAVE_SECONDS:
+        """Write the tables, if not too much time goes into that; with names, now, in their order, others behind."""
+        begun = time.monotonic()
+        if names or begun > self._due:
             order = [name for name in dict.fromkeys([*names, *self.rows]) if name in self.rows]
             write_csv(self.folder / LESIONS, [row for name in order for row in self.lesions[name]])
             write_csv(self.folder / TABLE, [self.rows[name] for name in order])
-            self._saved = time.monotonic()
+            ended = time.monotonic()
+            self._due = ended + (ended - begun) / SAVING
 
     def _files(self, name: str) -> dict[str, Path]:
         return {kind: self.folder / kind / f"{name}.png" for kind in ("masks", *self.extras)}
 
-    def _spacing(self, item: Item, lesion: Bool[np.ndarray, "H W"]) -> tuple[float, float] | None:
+    def _spacing(self, item: Item, lesion: Lesion) -> tuple[float, float] | None:
         """That of the smallest calibrated region in which the lesion's centre lies."""
-        rows, columns = np.nonzero(lesion)
-        x, y = columns.mean() + 0.5, rows.mean() + 0.5
-        around = [
-            region
-            for region in item.regions
-            if region.box[0] <= x <= region.box[2] and region.box[1] <= y <= region.box[3]
-        ]
-        smallest = min(around, key=lambda r: (r.box[2] - r.box[0]) * (r.box[3] - r.box[1]), default=None)
+        around = [region for region in item.regions if region.holds(*lesion.centre)]
+        smallest = min(around, key=lambda region: region.area, default=None)
         return smallest.spacing if smallest else None if item.regions else self.spacing
 
     def _read(self, table: str) -> list[dict[str, str]]:

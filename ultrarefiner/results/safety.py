@@ -78,9 +78,9 @@ def _dice(coarse: Mask, refined: Mask) -> float:
 
 
 def _parts(mask: Mask) -> int:
-    from ultrarefiner.results.measures import separate
+    from ultrarefiner.results.measures import numbered
 
-    return len(separate(mask))
+    return numbered(mask)[1]
 
 
 def _farthest_change(coarse: Mask, refined: Mask) -> float:

@@ -22,6 +22,7 @@ class Segmentation:
         iou: the IoU with the truth that SAM predicts for its best mask; None where nothing was redrawn.
         reason: why the redrawn mask was not accepted; "" where it was.
         refined: the redrawn mask, accepted or not; None where nothing was redrawn.
+        coarse_probability: of each pixel before it was redrawn, in [0, 1].
         image: what was segmented, grey or RGB.
     """
 
@@ -34,6 +35,7 @@ class Segmentation:
     iou: float | None
     reason: str
     refined: Bool[np.ndarray, "H W"] | None
+    coarse_probability: Float32[np.ndarray, "H W"]
     image: UInt8[np.ndarray, "H W *rgb"]
 
     def overlay(self) -> UInt8[np.ndarray, "H W 3"]:
