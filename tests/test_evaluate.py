@@ -185,7 +185,8 @@ def test_probabilities_of_another_tool_are_refined(call, folder, e2e, tmp_path):
     done = call(*arguments, *few, f"checkpoint={e2e}", f"predictions={tmp_path}/tool", f"output={tmp_path}/out")
     assert done.status == 0, done.err
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert content["cases"] == len(rows_of(tmp_path / "out")) >= 2 and list(content["masks"]) == ["coarse", "refined", "accepted"]
+    assert content["cases"] == len(rows_of(tmp_path / "out")) >= 2
+    assert list(content["masks"]) == ["coarse", "refined", "accepted"]
     assert 0 < content["masks"]["coarse"]["calibration"]["ece"] < 0.2
     for row in rows_of(tmp_path / "out"):
         truth = disc(int(row["id"].removeprefix("case_"))) > 0
