@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from conftest import Finished
 from data_layouts import disc, save, texture, write_busi, write_table
 from ultrarefiner import evaluate
+from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs.plan import plan
 from ultrarefiner.segmenter import Segmenter
 
@@ -87,7 +88,7 @@ def test_calibration_is_of_all_pixels(call, e2e, tmp_path):
     assert call(f"checkpoint={e2e}", *MICRO, f"output={tmp_path}/a", NO_RULES).status == 0
     found = json.loads((tmp_path / "a" / "summary.json").read_text())["masks"]["accepted"]["calibration"]
     data = plan(OmegaConf.load(e2e / "config.yaml"))[-1].data
-    segmenter = Segmenter.load(e2e, safety=None)
+    segmenter = Segmenter.load(e2e, safety=Safety.none())
     pairs = [data.reader.read(case) for case in data.split.test]
     prob = np.concatenate([segmenter(image).probability.ravel() for image, _ in pairs]).astype(float)
     truth = np.concatenate([mask.ravel() for _, mask in pairs])
@@ -97,6 +98,7 @@ def test_calibration_is_of_all_pixels(call, e2e, tmp_path):
     assert found["ece"] == pytest.approx(sum(gaps), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(call, e2e, tmp_path, monkeypatch):
     arguments = (f"checkpoint={e2e}", *MICRO, "batch_size=1")
     assert call(*arguments, f"output={tmp_path}/whole").status == 0
@@ -183,7 +185,8 @@ def test_probabilities_of_another_tool_are_refined(call, folder, e2e, tmp_path):
     done = call(*arguments, *few, f"checkpoint={e2e}", f"predictions={tmp_path}/tool", f"output={tmp_path}/out")
     assert done.status == 0, done.err
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert content["cases"] == 6 and list(content["masks"]) == ["coarse", "refined", "accepted"]
+    assert content["cases"] == len(rows_of(tmp_path / "out")) >= 2
+    assert list(content["masks"]) == ["coarse", "refined", "accepted"]
     assert 0 < content["masks"]["coarse"]["calibration"]["ece"] < 0.2
     for row in rows_of(tmp_path / "out"):
         truth = disc(int(row["id"].removeprefix("case_"))) > 0
