@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +117,23 @@ def test_the_shipped_pair_is_there_and_small_enough_for_a_wheel():
     assert {"coarse.safetensors", "sam.safetensors", "README.md"} <= {path.name for path in files}
     assert sum(path.stat().st_size for path in files) < 32e6
     assert "Medical Physics" in (checkpoints.SHIPPED / "README.md").read_text()
+
+
+COVERED = {"bus_0066-l": 1.7, "bus_0018-s": 2.0, "bus_0310-r": 5.7, "bus_0805-s": 6.0, "bus_0848-l": 18, "bus_0052-l": 19}
+"""The share of each example that its lesion covers, in %, by BUS-BRA's own masks."""
+
+
+def test_the_shipped_pair_finds_the_lesions_of_the_examples(tmp_path, monkeypatch, capsys):
+    """As in the README: no run, no option, right after the installation."""
+    from ultrarefiner import predict
+    from ultrarefiner.files import read_csv
+
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    monkeypatch.setattr(sys, "argv", ["predict", f"images={examples}", f"output={tmp_path / 'out'}"])
+    predict.main()
+    assert "6 images: 6 with a lesion" in capsys.readouterr().out
+    rows = {row["id"].rpartition("/")[2]: row for row in read_csv(tmp_path / "out" / "predictions.csv")}
+    assert rows.keys() == COVERED.keys()
+    for name, row in rows.items():
+        found = 100 * float(row["area_px2"]) / (int(row["width"]) * int(row["height"]))
+        assert found == pytest.approx(COVERED[name], rel=0.25), name

@@ -297,7 +297,6 @@ def test_one_process_at_a_time(predicted, scans, tmp_path):
     ("arguments", "words"),
     [
         (["images=nowhere"], "images=nowhere does not exist"),
-        (["checkpoint=null"], "no trained pair ships"),
         (["checkpoint=nowhere"], "nowhere does not exist"),
         (["masks=nowhere"], "masks=nowhere is no folder"),
         (["lesions=all"], "lesions must be one of together, each"),

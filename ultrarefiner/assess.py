@@ -16,7 +16,6 @@ from ultrarefiner.data.mask_files import NamedMasks
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
-from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.results import report
 from ultrarefiner.results.assessment import Assessment, Drawn
@@ -24,7 +23,7 @@ from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs import checkpoints, provenance
 from ultrarefiner.runs.build import build_fold, plain
 from ultrarefiner.runs.start import require_unseen
-from ultrarefiner.segmenter import Segmenter, checkpoint_file
+from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
 FRAME = 224
 """Side of the frames in the cache where no checkpoint says another, px; nothing is measured on them."""
@@ -62,7 +61,7 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     seen = _seen(cfg, data, parts, segmenter, said)
     tool = None if cfg.predictions is None else _tool(cfg, data, cases)
     settings = {
-        "checkpoint": None if file is None else sha256(file),
+        "checkpoint": None if file is None else content_hash(file),
         "predictions": None if tool is None else str(tool.folder.resolve()),
         "data": data.store.fingerprint,
         **(pipeline if segmenter else {}),
@@ -101,11 +100,7 @@ class Artist:
     """
 
     def __init__(self, segmenter: Segmenter | None, tool: NamedMasks | None) -> None:
-        self.segmenter, self.tool, self.coarse = segmenter, tool, None
-        if segmenter is not None and tool is None and segmenter.cascade.refiner is not None:
-            # The pipeline tells the coarse mask but not its probabilities; the coarse network is the cheap part of it.
-            sizes = segmenter.image_size, segmenter.coarse_size
-            self.coarse = Segmenter(Cascade(segmenter.cascade.coarse), *sizes, str(segmenter.device))
+        self.segmenter, self.tool = segmenter, tool
 
     def __call__(self, cases: Sequence[Case], images: Sequence[UInt8[np.ndarray, "_ _"]]) -> list[Drawn]:
         """The masks of some cases."""
@@ -117,16 +112,15 @@ class Artist:
                 one.masks["coarse"] = prob > 0.5
                 if ((prob > 0) & (prob < 1)).any():
                     one.probs["coarse"] = prob
-        if self.coarse is not None:
-            for one, found in zip(drawn, self.coarse.batch(images), strict=True):
-                one.probs["coarse"] = found.probability
         if self.segmenter is None:
             return drawn
         redraws = self.segmenter.cascade.refiner is not None
         for one, found in zip(drawn, self.segmenter.batch(images, given), strict=True):
             one.masks.setdefault("coarse", found.coarse)
-            one.probs["accepted" if redraws else "coarse"] = found.probability
+            if self.tool is None:
+                one.probs["coarse"] = found.coarse_probability
             if redraws:
+                one.probs["accepted"] = found.probability
                 one.masks["refined"] = found.coarse if found.refined is None else found.refined
                 one.masks["accepted"] = found.mask
                 one.about.update(predicted_iou=found.iou, uncertainty=found.uncertainty, rejected=found.reason)

@@ -28,7 +28,7 @@ The same command goes on where it was interrupted. `python -m ultrarefiner.repor
 
 VALUES = """\
 Values
-  checkpoint=PATH        a run's directory, or its checkpoints/best.ckpt
+  checkpoint=PATH        a run's directory, its checkpoints/best.ckpt, or shipped: the pair that ships
   predictions=DIR        masks or probability maps, each called as its case, of any tool (nnU-Net's folder as it is)
   data_root=PATH         where the dataset lies
   fold=N                 whose split; the checkpoint's own if not given

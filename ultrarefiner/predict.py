@@ -19,6 +19,7 @@ from ultrarefiner.settings import setting
 INTRODUCTION = """\
 Segment images with a trained pair of networks, or refine the masks of another tool.
 
+  python -m ultrarefiner.predict images=scans output=predictions        with the pair that ships
   python -m ultrarefiner.predict images=scans output=predictions checkpoint=outputs/busbra/lite/e2e-…
   python -m ultrarefiner.predict images=scans masks=masks_of_another_tool output=refined checkpoint=…
 
@@ -30,7 +31,7 @@ VALUES = """\
 Values
   images=PATH            a folder of images, or one image
   output=predictions     a new folder for the results
-  checkpoint=PATH        the directory of a run, or one of its checkpoints
+  checkpoint=PATH        a run's directory, one of its checkpoints, or a folder of ultrarefiner.export
   masks=PATH             coarse masks with the names of their images, in place of the coarse network's
   lesions=together       each: redraw each lesion of an image by itself
   tta=[flips,scales]     mean over mirrored and zoomed views, or one of them; none by default
@@ -67,7 +68,6 @@ def _predict(cfg: DictConfig) -> None:
     from pathlib import Path
 
     from ultrarefiner.data.scans import CoarseMasks, find_scans
-    from ultrarefiner.files import sha256
     from ultrarefiner.results.prediction import Predictions, alone_in, predict, progress, summary
 
     warnings.filterwarnings("ignore", module=r"PIL|pydicom")  # what is wrong with a file is said at the end
@@ -76,12 +76,12 @@ def _predict(cfg: DictConfig) -> None:
     masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)
     print(f"{len(found.scans)} images in {cfg.images}, {found.others} other files left alone", flush=True)
 
-    from ultrarefiner.segmenter import Segmenter, checkpoint_file
+    from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
     plain: Any = OmegaConf.to_container(cfg)
     options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
-    weights = "shipped" if cfg.checkpoint is None else sha256(checkpoint_file(cfg.checkpoint))
+    weights = content_hash(checkpoint_file(cfg.checkpoint))
     settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks"}
     settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
     with alone_in(output):

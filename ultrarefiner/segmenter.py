@@ -23,7 +23,7 @@ from ultrarefiner.data.dataset import as_tensor
 from ultrarefiner.data.images import load_colours, luminance, map_to_square, to_square
 from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load
+from ultrarefiner.files import folder_sha256, load, sha256
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results.measures import numbered
@@ -85,17 +85,16 @@ class Segmenter:
         """The pipeline of a run, which carries its configuration.
 
         Args:
-            path: the directory, a file such as `checkpoints/best.ckpt`, or a folder of `ultrarefiner.export`; None:
-                the pair that ships.
+            path: the directory, a file such as `checkpoints/best.ckpt`, or a folder of `ultrarefiner.export`; "shipped"
+                or None: the pair that ships.
             device, options: see `Segmenter`.
 
         Raises:
             UserError: there is no such run or file, it is damaged, or it does not say how its networks are built.
         """
-        path = SHIPPED if path is None else Path(path).expanduser()
-        if networks := exported(path):
-            return cls(*_exported(networks), device, **options)
         file = checkpoint_file(path)
+        if networks := exported(file.parent):
+            return cls(*_exported(networks), device, **options)
         content = load(file)
         if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
             raise UserError(f"{file} does not say how its networks are built; give a run's {BEST}, or its directory")
@@ -251,17 +250,24 @@ def _exported(networks: Mapping[str, Path]) -> tuple[Cascade, int, int]:
     return cascade, cfg.model.image_size, cfg.model.coarse_size
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """The file of a checkpoint, which may be given as the directory of its run.
+def checkpoint_file(path: str | Path | None) -> Path:
+    """The file that says what a pipeline is, which may be given in all the ways that `Segmenter.load` takes.
 
     Raises:
         UserError: a directory without one.
     """
-    path = Path(path).expanduser()
+    path = SHIPPED if path in (None, "shipped") else Path(path or "").expanduser()
+    if networks := exported(path):
+        return networks.get(SAM, networks.get(COARSE, path))
     file = path / "checkpoints" / BEST if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise UserError(f"{path} is not the directory of a run: it holds no checkpoints/{BEST}")
     return file
+
+
+def content_hash(file: Path) -> str:
+    """By what the weights of a pipeline are known, whatever they are called; see `checkpoint_file`."""
+    return folder_sha256(file.parent) if exported(file.parent) else sha256(file)
 
 
 def fastest_device() -> str:
