@@ -73,7 +73,7 @@ def test_a_locale_of_ascii_shows_a_mistake_too():
         ),
         ("class Net(:\n", r"cannot be loaded: SyntaxError: .*own.py, line 1"),
         ("x = 1\nNet = undefined\n", r"cannot be loaded: NameError: name 'undefined' .*own.py, line 2"),
-        ("Other = 1\n", r"_target_=own\.Net cannot be loaded: AttributeError"),
+        ("Other = 1\n", r"_target_=own\.Net cannot be loaded: (AttributeError|ModuleNotFoundError)"),
         (
             "class Net:\n    def __init__(self, **_):\n        self.x = undefined\n",
             r"own\.Net fails: NameError: name 'undefined' is not defined .*own.py, line 3",

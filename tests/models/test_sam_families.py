@@ -174,10 +174,10 @@ def test_tiny_sam_hq_equals_its_package():
 @pytest.fixture(scope="module")
 def sam2_pair(tmp_path_factory):
     """SAM 2.1 with Hiera tiny, ours and the publisher's with its image set; its file is what ours has written."""
+    ours = load_sam("sam2.1_tiny", random_init=True, seed=3)  # first: it keeps the package from starting its Hydra
     from sam2.build_sam import _load_checkpoint
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-    ours = load_sam("sam2.1_tiny", random_init=True, seed=3)
     randomise(ours.mask_decoder)
     path = tmp_path_factory.mktemp("sam2") / "ours.pt"
     torch.save({"model": ours.state_dict()}, path)

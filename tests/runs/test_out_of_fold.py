@@ -141,7 +141,15 @@ def test_phase_two_learns_from_out_of_fold_predictions(fitted):
     assert all(summary["title"].endswith("of 2") and "without part" in summary["title"] for summary in inner)
     data = seen["data"]
     files = list((directory / "predictions").iterdir())
-    assert len(files) == len(data.split.train) and data.predictions.ratio == 0.5
+    everyone = [*data.split.train, *data.split.val, *data.split.test]
+    assert {path.name for path in files} == {data.predictions.path(case).name for case in everyone}
+    assert data.predictions.ratio == 0.5
+    # What chooses and measures Phase 2 is what Phase 3 starts from: a real mask of each case, never a simulated one.
+    for part in ("val", "test"):
+        items = data.dataset(part)
+        for index, case in enumerate(data.split.part(part)):
+            expected = data.predictions.load(case, items[index]["prob"].shape[-1])
+            np.testing.assert_array_equal(items[index]["prob"][0], expected)
     softness = data.simulator.softness
     assert isinstance(softness, Softness) and softness != Softness()
     assert all(np.isfinite(value).all() for value in vars(softness).values())

@@ -58,7 +58,7 @@ class SmpNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, image: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 2 H W"]:
+    def forward(self, image: Float[Tensor, "B 1 H W"]) -> Float[Tensor, "B 2 _ _"]:
         """Logits of background and lesion."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
         logits: Tensor = self.network((image.expand(-1, 3, -1, -1) - mean) / std)

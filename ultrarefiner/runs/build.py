@@ -211,11 +211,13 @@ def build_cascade(cfg: DictConfig, parts: Collection[str], files: Mapping[str, P
 def build_coarse(cfg: DictConfig, file: Path | None) -> torch.nn.Module:
     """The coarse network, with the weights of a file where one is given."""
     coarse = build(cfg.model.coarse, "model.coarse")
+    if not isinstance(coarse, torch.nn.Module):
+        found = type(coarse).__name__
+        raise UserError(f"model.coarse: {cfg.model.coarse['_target_']} must give a torch.nn.Module, got {found}")
     weights = file or cfg.model.coarse_weights
     if weights is not None:
         load_coarse(coarse, Path(weights).expanduser())
     _try(coarse, cfg.model.coarse_size, cfg.model.coarse["_target_"])
-    assert isinstance(coarse, torch.nn.Module)
     return coarse
 
 
