@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ultrarefiner.files import number, read_csv, write_atomically
-from ultrarefiner.results import charts, statistics, tables
+from ultrarefiner.results import charts, statistics
+from ultrarefiner.results.card import CITATIONS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS = {
@@ -89,22 +90,18 @@ def _markdown(rows: Iterable[dict[str, str]]) -> str:
 def main() -> None:
     """Write the page."""
     rows: Rows = [dict(row) for row in read_csv(DOCS / "results" / "busbra-fold0.csv")]
+    busi: Rows = [dict(row) for row in read_csv(DOCS / "results" / "busi-sample.csv")]
     picture = DOCS / "results" / "scatter.png"
     dice = [[number(row[f"{which}_dice"]) for row in rows] for which in ("coarse", SHIPPED)]
     charts.scatter(np.array(dice[0]), np.array(dice[1]), picture)
     patients = len({row["patient"] for row in rows})
     text = Path(__file__).with_name("results_page.md").read_text(encoding="utf-8")
+    tables_of = {"methods": method_table(rows), "groups": group_table(rows), "busi": method_table(busi)}
     filled = text.format(
-        cases=len(rows), patients=patients, methods=method_table(rows), groups=group_table(rows), cite=_citation()
+        cases=len(rows), patients=patients, busi_cases=len(busi), cite=CITATIONS["busbra"], **tables_of
     )
     write_atomically(DOCS / "results.md", filled.encode())
-    print(tables.one_line(f"{DOCS / 'results.md'}"))
-
-
-def _citation() -> str:
-    from ultrarefiner.results.card import CITATIONS
-
-    return CITATIONS["busbra"]
+    print(DOCS / "results.md")
 
 
 if __name__ == "__main__":

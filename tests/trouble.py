@@ -11,8 +11,8 @@ from ultrarefiner.errors import UserError
 
 FOLDER = "ULTRAREFINER_TEST_TROUBLE"
 """The environment variable that names a folder with files like `job2-process1`, which hold what is to happen there:
-`bug`, `mistake` or `kill` at the first sample after the one that is tried before the training, or `slow N`: from the Nth
-sample on each takes a second. A job that SLURM has started again has no trouble any more."""
+`bug`, `mistake` or `kill` at the first sample after the one that is tried before the training, or `slow N`: from the
+Nth sample on each takes a second. A job that SLURM has started again has no trouble any more."""
 TROUBLE = "dataset.augment._target_=trouble.Trouble"
 
 
