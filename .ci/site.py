@@ -8,7 +8,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 HOME = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "ultrarefiner/shipped/README.md": "model_card.md",
+}
 ROOMS = {"ultrarefiner": "The package", "refine": "", "models": "", "data": "", "phases": "", "runs": "", "results": ""}
 
 
