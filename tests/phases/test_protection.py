@@ -3,10 +3,14 @@
 import copy
 import functools
 import logging
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +26,7 @@ from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.prompts import DirectMaskPrompt, Prompts
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import LesionRoi
+from ultrarefiner.runs.build import build_phase
 from ultrarefiner.runs.checkpoints import KeepCheckpoints
 
 
@@ -377,11 +382,35 @@ def test_the_anchor_enters_the_loss_with_its_weight():
 
 
 def test_freezing_more_than_half_of_the_training_is_said(caplog):
-    from conftest import compose
-    from ultrarefiner.phases.e2e import E2EPhase
-    from ultrarefiner.runs.build import build_phase
-
     for frozen, said in ((2, False), (3, True)):
         caplog.clear()
         build_phase(compose("phase.epochs=4", f"protection.freeze_epochs={frozen}"), E2EPhase, {})
         assert ("protection.freeze_epochs=3 leaves the coarse network 1 of 4 epochs" in caplog.text) is said
+
+
+@pytest.mark.parametrize(
+    ("phase", "rates", "falls"),
+    [
+        ("coarse", {"coarse": "phase.lr"}, lambda t: (1 - t) ** 0.9),
+        ("sam", {"sam": "phase.lr"}, lambda t: (1 + np.cos(np.pi * t)) / 2),
+        ("e2e", {"coarse": "phase.coarse_lr", "sam": "phase.sam_lr"}, lambda t: (1 + np.cos(np.pi * t)) / 2),
+    ],
+)
+def test_the_learning_rate_falls_as_the_recipe_says(phase, rates, falls):
+    """TransUNet's polynomial in Phase 1, half a cosine in the others, step by step over the whole phase."""
+    cfg = compose(f"phase={phase}")
+    built = build_phase(cfg, get_class(cfg.phase._target_), {})
+    built._trainer = SimpleNamespace(estimated_stepping_batches=40)
+    made = built.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert made["lr_scheduler"]["interval"] == "step"
+    found = {group["name"]: [] for group in optimizer.param_groups}
+    for _ in range(41):
+        for group in optimizer.param_groups:
+            found[group["name"]].append(group["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found.keys() == rates.keys()
+    for name, key in rates.items():
+        expected = OmegaConf.select(cfg, key) * falls(np.arange(41) / 40)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-15)
