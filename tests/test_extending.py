@@ -29,7 +29,7 @@ KINDS = {
     "prompt_style": (["phase=sam", "prompt_style=sharp"], "prompt_style.mask.gain=10"),
     "dataset": (["phase=coarse", "dataset=pictures"], "dataset.folds=4"),
     "roi": (["phase=sam", "roi=fixed", "protection=none"], "roi.side=0.4"),
-    "gate": (["phase=sam", "gate=mean"], "gate.share=0.2"),
+    "gate": (["phase=sam", "gate=fixed"], "gate.share=0.2"),
     "protection": (["phase=e2e", "protection=gentle"], "protection.grad_scale=0.2"),
 }
 """How each is chosen, and a key of its own."""
