@@ -494,7 +494,7 @@ def test_fold_is_checked_before_anything_is_read(tmp_path, monkeypatch):
 
 def test_cache_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="choose another cache_dir"):
+    with pytest.raises(UserError, match="choose another output_root"):
         module(tmp_path).prepare_data()
 
 

@@ -208,7 +208,7 @@ def test_hostile_names_stay_text_and_nothing_is_fetched(tmp_path):
     cases = patients(0, ids=HOSTILE)
     run = write_run(tmp_path / "runs", "seed=1", name="<script>alert(2)<!--", cases=cases)
     write_evaluation(run / "evaluation", cases, 1)
-    write_run(tmp_path / "runs", "seed=1", "fold=1", "dataset.name='</title><script>alert(3)</script>'", name="&lt;b")
+    write_run(tmp_path / "runs", "seed=1", "fold=1", "dataset.name='<script>alert(3)<!--'", name="&lt;b")
     report.write(tmp_path / "runs", tmp_path / "out", "<script>alert(4)</script>", 10, 3)
     html = (tmp_path / "out" / "index.html").read_text()
     page = Elements(html)
