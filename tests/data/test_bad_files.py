@@ -142,7 +142,7 @@ REFUSED = {  # what is wrong: (how it is made, a word of the sentence beside the
     "PNG with a wrong checksum": (damaged_checksum, r"bad\.png cannot be read"),
     "text named PNG": (lambda r: image(r).write_text("not an image"), r"bad\.png cannot be read"),
     "GIF named PNG": (lambda r: save(image(r), texture(50), format="GIF"), r"bad\.png cannot be read"),
-    "no DICOM": (lambda r: image(r, "bad.dcm").write_bytes(b"DICM" * 99), r"bad\.dcm cannot be read"),
+    "no DICOM": (lambda r: image(r, "bad.dcm").write_bytes(b"DICM" * 99), r"bad\.dcm does not say how it is encoded"),
     "DICOM without pixels": (dicom_without_pixels, r"bad\.dcm cannot be read"),
     "DICOM of several frames": (dicom_of_frames, r"bad\.dcm holds 3 frames"),
     "TIFF of several frames": (many_frames, r"bad\.tif holds 3 frames"),
