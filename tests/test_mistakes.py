@@ -283,7 +283,7 @@ dataset=busi                                        → dataset=busi needs data_
 dataset=busi data_root=''                           → dataset=busi needs data_root
 dataset=busi data_root=/nowhere                     → data_root=/nowhere does not exist
 dataset=busi data_root=FILE                         → data_root=.*mistake\.txt is a file
-dataset=busi data_root=~nobody/X                    → data_root=~nobody/X does not exist
+dataset=busi data_root=~nosuchuser/X                    → data_root=~nosuchuser/X does not exist
 "dataset=busi" "data_root=/no/a (1)/b=c"            → data_root=/no/a \(1\)/b=c does not exist
 "dataset=busi" "data_root=/no/it's"                 → data_root=/no/it's does not exist
 'dataset=busi' 'data_root=/no/a#b'                  → data_root=/no/a#b does not exist
