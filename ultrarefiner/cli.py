@@ -71,7 +71,7 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
     def guarded(cfg: DictConfig) -> object:
         try:
             settings.check(cfg)
-            return task(cfg)
+            return _at_home(task, cfg)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -100,6 +100,17 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
             raise
         given = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/@]*=(null|none|true|false|[\d.]+)", a, re.IGNORECASE)]
         sys.exit(f"error: {' '.join(given)}: a group takes the name of one of its options; --help lists them")
+
+
+def _at_home(task: Callable[[DictConfig], object], cfg: DictConfig) -> object:
+    """The task, with a sentence for the path ~somebody where there is no such user."""
+    try:
+        return task(cfg)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # Python's words
+            raise
+        given = " ".join(a.replace("'", "") for a in sys.argv[1:] if re.search(r"='?~\w", a))
+        raise UserError(f"{given}: this machine has no such user; give the whole path") from error
 
 
 def _quoted(override: str) -> str:

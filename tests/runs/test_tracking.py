@@ -77,7 +77,8 @@ def test_wandb_uploads_the_best_checkpoint_on_request(offline, tmp_path, monkeyp
 def test_tensorboard_counts_on_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    logger = tracking.tensorboard_logger(tmp_path, first_step=100)
+    about = {"name": "n", "job_type": "sam", "tags": [], "group": "g", "settings": {}}
+    logger = tracking.tensorboard_logger(tmp_path, **about, first_step=100)
     logger.log_metrics({"loss": 1.0}, step=3)
     tracking.close([logger], "success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
