@@ -17,7 +17,7 @@ from conftest import compose
 from ultrarefiner import files
 from ultrarefiner.runs import checkpoints
 
-KILLS = 20
+KILLS = 10
 KILLS_A_RUN = 4
 SETTINGS = [
     "dataset.reader.cases=12",
