@@ -13,6 +13,22 @@ CITATIONS = {
 }
 """What the licence of a data set asks those to cite who use what was made from it."""
 
+_FRONT_MATTER = """\
+---
+library_name: ultrarefiner
+pipeline_tag: image-segmentation
+tags: [ultrasound, breast, segmentation, medical-imaging]
+---"""
+
+_USE = """\
+A coarse network finds the lesion in a breast-ultrasound image, a Segment Anything model redraws its boundary.
+
+```python
+from ultrarefiner import Segmenter
+
+result = Segmenter.load("this folder")("image.png")  # result.mask, result.probability, ...
+```"""
+
 LIMITS = """\
 For research. It is no medical device and must not decide on a patient. It has seen images of one data set, with the
 scanners, sites and annotators named there; on other images it may fail without a sign. It was trained on images that
@@ -39,53 +55,28 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
     seen = json.loads(said["seen"]) if "seen" in said else {}
     unfair = summary.get("seen")
     cite = CITATIONS.get(dataset)
-    return "\n".join(
-        [
-            "---",
-            "library_name: ultrarefiner",
-            "pipeline_tag: image-segmentation",
-            "tags: [ultrasound, breast, segmentation, medical-imaging]",
-            "---",
-            f"# UltraRefiner {one_line(name)}, trained on {one_line(dataset)}",
-            "",
-            "A coarse network finds the lesion in a breast-ultrasound image, a Segment Anything model redraws its",
-            "boundary.",
-            "",
-            "```python",
-            "from ultrarefiner import Segmenter",
-            "",
-            'result = Segmenter.load("this folder")("image.png")  # result.mask, result.probability, ...',
-            "```",
-            "",
-            "## Data",
-            "",
-            f"{one_line(dataset)}, fold {data['fold']} of {data['folds']}; no patient is in two parts. The weights "
-            f"carry marks of the {len(seen.get('trained', []))} images that they were trained on and of the "
-            f"{len(seen.get('chosen', []))} that chose them, and refuse to be measured on these.",
-            "",
-            markdown(parts),
-            "",
-            "## Figures",
-            "",
-            f"On the {data['test']['cases']} test images, at their native size"
-            + (f"; not a fair test: {unfair['test_cases']} of them had been seen before:" if unfair else ":"),
-            "",
-            markdown(rows, (Column("mask", "mask"), *COLUMNS)),
-            "",
-            *(["This data set asks for this citation: " + cite, ""] if cite else []),
-            "## Intended use and limits",
-            "",
-            LIMITS,
-            "",
-            "## Licences",
-            "",
-            f"Files: {', '.join(files)}. SAM's weights: {said.get('licence', 'unknown')}; the data: see the "
-            "data set's own licence, which may ask for more than the citation.",
-            "",
-            f"Made by {one_line(summary['title'])}, commit {summary['environment'].get('commit') or 'unknown'}.",
-            "",
-        ]
-    )
+    fair = f"; not a fair test: {unfair['test_cases']} of them had been seen before" if unfair else ""
+    paragraphs = [
+        _FRONT_MATTER,
+        f"# UltraRefiner {one_line(name)}, trained on {one_line(dataset)}",
+        _USE,
+        "## Data",
+        f"{one_line(dataset)}, fold {data['fold']} of {data['folds']}; no patient is in two parts. The weights carry "
+        f"marks of the {len(seen.get('trained', []))} images that they were trained on and of the "
+        f"{len(seen.get('chosen', []))} that chose them, and refuse to be measured on these.",
+        markdown(parts),
+        "## Figures",
+        f"On the {data['test']['cases']} test images, at their native size{fair}:",
+        markdown(rows, (Column("mask", "mask"), *COLUMNS)),
+        *([f"This data set asks for this citation: {cite}"] if cite else []),
+        "## Intended use and limits",
+        LIMITS,
+        "## Licences",
+        f"Files: {', '.join(files)}. SAM's weights: {said.get('licence', 'unknown')}; the data: see the data set's own "
+        "licence, which may ask for more than the citation.",
+        f"Made by {one_line(summary['title'])}, commit {summary['environment'].get('commit') or 'unknown'}.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _masks(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
