@@ -1,9 +1,11 @@
 """The data of one fold, for Lightning: split, cache and loaders."""
 
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -222,7 +224,9 @@ class DataModule(pl.LightningDataModule):
             collate_fn=collate,
             drop_last=shuffle and len(sampler) > batch_size,  # a single short batch is better than none
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=partial(_begin_worker, os.getpid()),
+            worker_init_fn=_begin_worker,
+            # As a child of this process a worker sees that it has ended; as one of a fork server's it would wait for ever.
+            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
         )
 
     @cached_property
@@ -251,10 +255,11 @@ class DataModule(pl.LightningDataModule):
         return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
 
 
-def _begin_worker(parent: int, _: int) -> None:
+def _begin_worker(_: int) -> None:
     # PyTorch's own watch takes whoever is the parent now: a worker whose process was killed while this one was starting
-    # would wait for ever. (There are no parents on Windows, and no such trouble.)
-    if os.name == "posix" and os.getppid() != parent:
+    # would wait for ever. (A process from a fork server is no child of the one that asked for it.)
+    parent = multiprocessing.parent_process()
+    if parent and multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
         os._exit(1)
     cv2.setNumThreads(0)  # a worker is one of many: OpenCV would start a thread for each core in each of them
 
