@@ -225,7 +225,7 @@ class DataModule(pl.LightningDataModule):
             drop_last=shuffle and len(sampler) > batch_size,  # a single short batch is better than none
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_begin_worker,
-            # As a child of this process a worker sees that it has ended; as one of a fork server's it would wait for ever.
+            # A child of this process sees that it has ended; a child of a fork server would wait for ever.
             multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
         )
 
