@@ -226,7 +226,7 @@ class DataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_begin_worker,
             # A child of this process sees that it has ended; a child of a fork server would wait for ever.
-            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if self.num_workers and _forks() else None,
         )
 
     @cached_property
@@ -253,6 +253,11 @@ class DataModule(pl.LightningDataModule):
         full = frames[self.image_size] if self.frame else None
         aspects = [entry.width / max(entry.height, 1) for entry in index.entries]
         return Source(positions, self.store.native_masks(index), frames[self.coarse_size], full, aspects)
+
+
+def _forks() -> bool:
+    """Whether a process may be forked safely: macOS can, but its own libraries do not survive it."""
+    return sys.platform == "linux" and hasattr(os, "fork")
 
 
 def _begin_worker(_: int) -> None:
