@@ -79,7 +79,7 @@ class RoiDefaults:
 class TrainedParts:
     """Which parts of SAM Phases 2 and 3 move; LoRA terms always do."""
 
-    image_encoder: bool = False
+    image_encoder: Any = False  # n: from the n-th last block to the end
     prompt_encoder: bool = True
     mask_decoder: bool = True
 

@@ -12,6 +12,7 @@ from segment_anything.modeling import Sam as ReferenceSam
 from torch import Tensor, nn
 
 from data_layouts import SHARED as DATA
+from ultrarefiner.errors import UserError
 from ultrarefiner.models import sam_vit
 from ultrarefiner.models.sam import Sam, load_sam
 from ultrarefiner.models.sam_families import build_vit_sam
@@ -373,6 +374,24 @@ def test_frozen_parts_stay_in_evaluation_mode():
     sam.set_trainable(image_encoder=True, prompt_encoder=False, mask_decoder=False)
     trained = {name.split(".")[0] for name, p in sam.named_parameters() if p.requires_grad}
     assert trained == {"image_encoder"} and sam.image_encoder.training and not sam.mask_decoder.training
+
+
+@pytest.mark.parametrize(
+    "family, first", [("tiny", "blocks.3.norm1.weight"), ("litemedsam", "layers.3.blocks.1.attn.")]
+)
+def test_only_the_end_of_the_encoder_is_trained(family, first):
+    sam = load_sam(family)
+    sam.set_trainable(image_encoder=1, prompt_encoder=False, mask_decoder=False)
+    sam.train()
+    assert not sam.image_encoder.training
+    names = [name for name, _ in sam.image_encoder.named_parameters()]
+    trained = [name for name, p in sam.image_encoder.named_parameters() if p.requires_grad]
+    assert trained == names[len(names) - len(trained) :] and trained[0].startswith(first)
+    sam.encode(torch.rand(1, 1, sam.image_size, sam.image_size)).square().sum().backward()
+    assert {n for n, p in sam.image_encoder.named_parameters() if p.grad is not None} == set(trained)
+    for wrong in (0, -1, 99, "maybe", 1.5):
+        with pytest.raises(UserError, match=rf"model\.train\.image_encoder={wrong}"):
+            sam.set_trainable(image_encoder=wrong, prompt_encoder=False, mask_decoder=False)
 
 
 def test_seed_and_wrong_image_size():

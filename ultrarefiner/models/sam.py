@@ -81,18 +81,42 @@ class Sam(nn.Module):
         """SAM's mask decoder."""
         return self._modules[f"{FAMILIES[self.family].prefix}mask_decoder"]
 
-    def set_trainable(self, image_encoder: bool, prompt_encoder: bool, mask_decoder: bool) -> None:
+    def set_trainable(self, image_encoder: Any, prompt_encoder: bool, mask_decoder: bool) -> None:
         """Choose what is trained.
 
         A frozen part stays in evaluation mode whatever `train()` says: no dropout, and no batch-norm statistics that
-        move. Adapters (`lora_…`) are always trained.
+        move. So does an encoder of which only the end is trained. Adapters (`lora_…`) are always trained.
+
+        Args:
+            image_encoder: all of it, none, or a number n: from its n-th last transformer block to its end.
+            prompt_encoder, mask_decoder: all or nothing.
+
+        Raises:
+            UserError: `image_encoder` is none of these, or the encoder has fewer blocks.
         """
         parts = {"image_encoder": image_encoder, "prompt_encoder": prompt_encoder, "mask_decoder": mask_decoder}
-        self._trainable = parts
+        self._trainable = {part: trainable is True for part, trainable in parts.items()}
         for part, trainable in parts.items():
+            names = [name for name, _ in getattr(self, part).named_parameters()]
+            moved = set(names if trainable is True else self._end(names, trainable))
             for name, parameter in getattr(self, part).named_parameters():
-                parameter.requires_grad_(trainable or "lora_" in name)
+                parameter.requires_grad_(name in moved or "lora_" in name)
         self.train(self.training)
+
+    def _end(self, names: list[str], blocks: Any) -> list[str]:
+        """Those of the image encoder's parameters, in their order, that its last transformer blocks begin."""
+        if blocks is False:
+            return []
+        attentions = self.image_encoder.attentions()  # type: ignore[operator]  # every family's encoder has it
+        if not isinstance(blocks, int) or not 0 < blocks <= len(attentions):
+            raise UserError(
+                f"model.train.image_encoder={blocks}, but the image encoder of {self.family} has {len(attentions)} "
+                "blocks; give true, false, or a number of last blocks"
+            )
+        places = {module: name for name, module in self.image_encoder.named_modules()}
+        block = places[attentions[-blocks]].rpartition(".")[0]
+        first = next(position for position, name in enumerate(names) if name.startswith(f"{block}."))
+        return names[first:]
 
     def train(self, mode: bool = True) -> "Sam":
         """Training or evaluation mode, for the parts that are trained."""
