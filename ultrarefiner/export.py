@@ -3,7 +3,8 @@
 Whatever needs torch is imported where it is used, so that `--help`, `--cfg job` and completion are quick.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -18,12 +19,14 @@ Put the networks of a finished run into a folder that works anywhere, and that a
   python -m ultrarefiner.predict checkpoint=pair images=scans output=predictions
 
 The folder has the weights as .safetensors, which say how their networks are built and what they have seen, and a
-README.md that is a model card: data, folds, figures, licences, intended use and limits."""
+README.md that is a model card: data, folds, figures, licences, intended use and limits. With format=[onnx] or
+format=[export] the whole pipeline lies beside them as one file that runs without this package."""
 
 VALUES = """\
 Values
-  checkpoint=PATH        the directory of a finished run
+  checkpoint=PATH        the directory of a finished run, a folder of this command, or shipped
   output=DIR             a new folder
+  format=[safetensors]   beside the weights: onnx writes model.onnx, export model.pt2 (torch.export), for any batch size
   half=true              weights of 16 bits: half the size; what that changes, tests/test_export.py bounds
   --cfg job              print the composed configuration"""
 
@@ -35,6 +38,7 @@ class ExportConfig:
     checkpoint: str | None = None
     output: str | None = None
     half: bool = True
+    format: list[str] = field(default_factory=lambda: ["safetensors"])
 
 
 def help_text() -> str:
@@ -44,14 +48,43 @@ def help_text() -> str:
 
 def _export(cfg: DictConfig) -> None:
     from ultrarefiner.errors import UserError
-    from ultrarefiner.runs.pack import pack
 
     for key in ("checkpoint", "output"):
         if cfg[key] is None:
             raise UserError(f"{key}=PATH is missing; see --help")
-    output = Path(cfg.output).expanduser()
-    for path in pack(Path(cfg.checkpoint).expanduser(), output, cfg.half):
+    unknown = set(cfg.format) - {"safetensors", "onnx", "export"}
+    if unknown:
+        raise UserError(f"format must be of safetensors, onnx, export, got {', '.join(sorted(unknown))}")
+    from ultrarefiner.extras import imported
+
+    for package in ("onnx", "onnxscript") if "onnx" in cfg.format else ():
+        imported(package, package, "onnx")  # before anything is written
+    from ultrarefiner.runs.checkpoints import SHIPPED
+    from ultrarefiner.runs.pack import pack
+
+    checkpoint = SHIPPED if cfg.checkpoint == "shipped" else Path(cfg.checkpoint).expanduser()
+    for path in pack(checkpoint, Path(cfg.output).expanduser(), cfg.half, lambda folder: _graphs(folder, cfg.format)):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _graphs(folder: Path, formats: Sequence[str]) -> list[Path]:
+    """The pipeline whose weights lie in a folder, as one file of each format."""
+    if not {"onnx", "export"} & set(formats):
+        return []
+    from ultrarefiner.models import graph
+    from ultrarefiner.runs.checkpoints import ONNX, PROGRAM
+    from ultrarefiner.segmenter import Segmenter
+
+    segmenter = Segmenter.load(folder, "cpu")
+    program = graph.trace(segmenter.cascade, segmenter.coarse_size, segmenter.image_size)
+    written = []
+    if "export" in formats:
+        written.append(folder / PROGRAM)
+        graph.write_program(program, written[-1])
+    if "onnx" in formats:
+        written.append(folder / ONNX)
+        graph.write_onnx(program, written[-1])
+    return written
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ Values
   spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
   batch_size=1, device=auto
+  backend=torch          onnx: the file that export format=[onnx] wrote, with onnxruntime on the processor
   safety.KEY=VALUE       as --cfg job prints them; null switches a rule off
   --cfg job              print the composed configuration"""
 
@@ -56,6 +57,7 @@ class PredictConfig:
     extras: list[str] = field(default_factory=lambda: ["probabilities", "overlays"])
     batch_size: int = setting(1, at_least=1)
     device: str = "auto"
+    backend: str = setting("torch", one_of=("torch", "onnx"))
     safety: Safety = field(default_factory=Safety)
 
 
@@ -80,8 +82,8 @@ def _predict(cfg: DictConfig) -> None:
 
     plain: Any = OmegaConf.to_container(cfg)
     options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
-    segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
-    weights = content_hash(checkpoint_file(cfg.checkpoint))
+    segmenter = Segmenter.load(cfg.checkpoint, cfg.device, cfg.backend, **options)
+    weights = content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))
     settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks"}
     settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
     with alone_in(output):

@@ -25,12 +25,13 @@ from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import folder_sha256, load, sha256
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
+from ultrarefiner.models.onnx_backend import OnnxCascade
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
-from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported, said_of
+from ultrarefiner.runs.checkpoints import BEST, ONNX, SHIPPED, exported, said_of
 from ultrarefiner.runs.start import load_gate
 from ultrarefiner.settings import COARSE, SAM
 
@@ -38,6 +39,7 @@ Picture = NDArray[Any]
 """(H,W) or (H,W,3), 8 bits; checked where it is used."""
 CoarseMask = NDArray[Any]
 """(H,W): a mask (bool), or probabilities in [0, 1]."""
+BACKENDS = ("torch", "onnx")
 _NOTHING = -16.0
 """The logit of what is certainly no lesion; see `soft_logit`."""
 
@@ -81,18 +83,26 @@ class Segmenter:
         self.image_size, self.coarse_size = image_size, coarse_size
 
     @classmethod
-    def load(cls, path: str | Path | None = None, device: str = "auto", **options: Any) -> "Segmenter":
+    def load(
+        cls, path: str | Path | None = None, device: str = "auto", backend: str = "torch", **options: Any
+    ) -> "Segmenter":
         """The pipeline of a run, which carries its configuration.
 
         Args:
             path: the directory, a file such as `checkpoints/best.ckpt`, or a folder of `ultrarefiner.export`; "shipped"
                 or None: the pair that ships.
             device, options: see `Segmenter`.
+            backend: "torch", or "onnx": the file that `ultrarefiner.export format=[onnx]` wrote, on the CPU.
 
         Raises:
             UserError: there is no such run or file, it is damaged, or it does not say how its networks are built.
         """
-        file = checkpoint_file(path)
+        file = checkpoint_file(path, backend)
+        if backend == "onnx":
+            if device not in ("auto", "cpu"):
+                raise UserError(f"backend=onnx runs on device=cpu, not on {device}")
+            answering = OnnxCascade(file)
+            return cls(answering, answering.image_size, answering.coarse_size, "cpu", **options)
         if networks := exported(file.parent):
             return cls(*_exported(networks), device, **options)
         content = load(file)
@@ -250,13 +260,22 @@ def _exported(networks: Mapping[str, Path]) -> tuple[Cascade, int, int]:
     return cascade, cfg.model.image_size, cfg.model.coarse_size
 
 
-def checkpoint_file(path: str | Path | None) -> Path:
+def checkpoint_file(path: str | Path | None, backend: str = "torch") -> Path:
     """The file that says what a pipeline is, which may be given in all the ways that `Segmenter.load` takes.
 
     Raises:
-        UserError: a directory without one.
+        UserError: a directory without one, or there is no such backend.
     """
+    if backend not in BACKENDS:
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
     path = SHIPPED if path in (None, "shipped") else Path(path or "").expanduser()
+    if backend == "onnx":
+        file = path / ONNX if path.is_dir() else path
+        if not file.is_file() or file.suffix != Path(ONNX).suffix:
+            name = "shipped" if path == SHIPPED else path
+            how = f"python -m ultrarefiner.export checkpoint={name} output=DIR format=[onnx]"
+            raise UserError(f"backend=onnx needs a .onnx file or a folder with {ONNX}, which {name} is not: {how}")
+        return file
     if networks := exported(path):
         return networks.get(SAM, networks.get(COARSE, path))
     file = path / "checkpoints" / BEST if path.is_dir() else path
@@ -267,7 +286,8 @@ def checkpoint_file(path: str | Path | None) -> Path:
 
 def content_hash(file: Path) -> str:
     """By what the weights of a pipeline are known, whatever they are called; see `checkpoint_file`."""
-    return folder_sha256(file.parent) if exported(file.parent) else sha256(file)
+    whole = file.suffix != Path(ONNX).suffix and exported(file.parent)
+    return folder_sha256(file.parent) if whole else sha256(file)
 
 
 def fastest_device() -> str:

@@ -189,14 +189,19 @@ class Sam(nn.Module):
         multimask = self.multimask if multimask is None else multimask
         position = self._embed_places(*grid)
         step = PROMPTS_AT_ONCE if image.device.type == "cpu" else prompts
+        parts = torch.arange(prompts, device=image.device).unflatten(0, (-1, each))
+        if torch.compiler.is_exporting():  # a graph for any number of images knows no pieces
+            pieces = [(slice(None), parts)]
+        else:
+            starts = range(0, len(image), max(1, step // each))
+            places = [slice(at, at + max(1, step // each)) for at in starts]
+            pieces = [(these, part) for these in places for part in parts[these].split(step, dim=1)]
         drawn = []
-        for at in range(0, len(image), max(1, step // each)):
-            these = slice(at, at + max(1, step // each))
-            for part in torch.arange(prompts).unflatten(0, (-1, each))[these].split(step, dim=1):
-                keys = self._add_masks(image[these], masks, part.flatten())
-                own = [features[these].repeat_interleave(part.shape[1], dim=0) for features in finer]
-                sets = sparse[part.flatten()]
-                drawn.append(kind.predict(self.mask_decoder, keys, position, grid, sets, own, multimask))
+        for these, part in pieces:
+            keys = self._add_masks(image[these], masks, part.flatten())
+            own = [features[these].repeat_interleave(part.shape[1], dim=0) for features in finer]
+            sets = sparse[part.flatten()]
+            drawn.append(kind.predict(self.mask_decoder, keys, position, grid, sets, own, multimask))
         logits, iou = zip(*drawn, strict=True)
         return torch.cat(logits), torch.cat(iou)
 

@@ -86,7 +86,8 @@ class LiteEncoder(nn.Module):
     def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         """Normalised image → embedding."""
         frozen = not self.training and not any(parameter.requires_grad for parameter in self.parameters())
-        return (self._fused_copy() if self.fused and frozen else self)._run(image)
+        fused = self.fused and frozen and not torch.compiler.is_exporting()  # who runs the graph fuses by himself
+        return (self._fused_copy() if fused else self)._run(image)
 
     def _run(self, image: Tensor) -> Tensor | Embedding:
         x, stages = self.patch_embed(image), []

@@ -69,7 +69,7 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     by_row, by_column = relative_parts(attention, query, height, width)
     pieces = _attend_in_pieces if frugal else _InPieces.apply
-    form = pieces if qkv.device.type == "cpu" else _attend_appended
+    form = pieces if qkv.device.type == "cpu" and not torch.compiler.is_exporting() else _attend_appended
     return form(query, key, value, by_row, by_column).transpose(1, 2).flatten(2)
 
 
@@ -160,6 +160,7 @@ class ViTBlock(nn.Module):
         _, height, width, _ = x.shape
         qkv = self.attn.qkv(self.norm1(x))
         frugal = x.device.type == "cpu" and not (torch.is_grad_enabled() and _wants_gradient(qkv, self.attn))
+        frugal = frugal and not torch.compiler.is_exporting()  # a graph for any number of images knows no pieces
         if not self.window_size:
             out = attend(self.attn, qkv.flatten(1, 2), height, width, frugal).unflatten(1, (height, width))
         elif frugal:

@@ -29,6 +29,33 @@ from ultrarefiner import Segmenter
 result = Segmenter.load("this folder")("image.png")  # result.mask, result.probability, ...
 ```"""
 
+_WITH_ONNX = """\
+`model.onnx` is the whole pipeline as one file, which needs no more than onnxruntime, numpy and pillow:
+
+```python
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+image = Image.open("image.png").convert("L")
+given = {"aspect": np.float32([image.width / image.height])}
+for frame in session.get_inputs():
+    if frame.name != "aspect":
+        small = image.resize(frame.shape[2:], Image.Resampling.BILINEAR)
+        given[frame.name] = np.float32(small)[None, None] / 255
+logit, iou = session.run(["refined_logit", "iou"], given)
+mask = np.array(Image.fromarray(logit[0, 0]).resize(image.size, Image.Resampling.BILINEAR)) > 0
+```"""
+
+
+def with_onnx(card: str, files: Sequence[str]) -> str:
+    """A card with an example for the ONNX file, where there is one and the card has none yet."""
+    if "model.onnx" not in files or _WITH_ONNX in card:
+        return card
+    return card.replace(_USE, f"{_USE}\n\n{_WITH_ONNX}") if _USE in card else f"{card}\n{_WITH_ONNX}\n"
+
+
 LIMITS = """\
 For research. It is no medical device and must not decide on a patient. It has seen images of one data set, with the
 scanners, sites and annotators named there; on other images it may fail without a sign. It was trained on images that

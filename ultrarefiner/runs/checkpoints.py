@@ -63,6 +63,10 @@ def said_of(path: Path, content: Any = None) -> dict[str, Any]:
     return {name: content[name] for name in SAID} if known else {}
 
 
+ONNX, PROGRAM = "model.onnx", "model.pt2"
+"""The whole pipeline as one graph, in a folder of `ultrarefiner.export`."""
+
+
 def exported(folder: Path) -> dict[str, Path]:
     """The networks in a folder of `ultrarefiner.export`, by part; nothing where it is no such folder."""
     files = {name: folder / f"{name}{SAFETENSORS}" for name in (COARSE, SAM)}

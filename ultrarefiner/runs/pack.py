@@ -1,6 +1,7 @@
 """The networks of a finished run in a folder for others: weights that say what they are, and a model card."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ import torch
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_json, write_atomically
 from ultrarefiner.models.weights import SAFETENSORS, read_metadata, read_state_dict, write_state_dict
-from ultrarefiner.results.card import model_card
+from ultrarefiner.results.card import model_card, with_onnx
+from ultrarefiner.runs.checkpoints import exported
 from ultrarefiner.runs.start import GATE
 from ultrarefiner.settings import COARSE, SAM
 
+CARD = "README.md"
 
-def pack(run: Path, output: Path, half: bool = True) -> list[Path]:
+
+def pack(
+    run: Path, output: Path, half: bool = True, more: Callable[[Path], list[Path]] = lambda folder: []
+) -> list[Path]:
     """Write coarse.safetensors, sam.safetensors (what the run has of them) and README.md.
 
     Args:
-        run: the directory of a finished run.
+        run: the directory of a finished run, or a folder that was written here.
         output: a folder that is empty or not there yet.
         half: keep the weights in float16.
+        more: called with the folder once the weights are in it; writes further files, which it returns.
 
     Returns:
         The files.
@@ -28,15 +35,15 @@ def pack(run: Path, output: Path, half: bool = True) -> list[Path]:
     Raises:
         UserError: the run is not finished, the folder has something in it, or a weight is too large for float16.
     """
-    summary = run / "summary.json"
-    if not summary.is_file():
+    summary, packed = run / "summary.json", exported(run)
+    if not packed and not summary.is_file():
         raise UserError(f"checkpoint={run} is not the directory of a finished run: it holds no {summary.name}")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty; give a new folder")
     written = []
     said: dict[str, str] = {}
     for name in (COARSE, SAM):
-        source = run / "checkpoints" / f"best_{name}{SAFETENSORS}"
+        source = packed.get(name, run / "checkpoints" / f"best_{name}{SAFETENSORS}")
         if source.is_file():
             said = read_metadata(source)
             state = read_state_dict(source)
@@ -48,9 +55,15 @@ def pack(run: Path, output: Path, half: bool = True) -> list[Path]:
                 shutil.copyfile(gate, written[-1])
     if not written:
         raise UserError(f"{run / 'checkpoints'} holds no best_*{SAFETENSORS}; train the run again with this version")
-    content: dict[str, Any] = read_json(summary)
-    written.append(output / "README.md")
-    write_atomically(written[-1], model_card(content, [path.name for path in written], said).encode())
+    written += more(output)
+    names = [path.name for path in (*written, output / CARD)]
+    if packed:
+        card = (run / CARD).read_text(encoding="utf-8") if (run / CARD).is_file() else ""
+    else:
+        content: dict[str, Any] = read_json(summary)
+        card = model_card(content, names, said)
+    written.append(output / CARD)
+    write_atomically(written[-1], with_onnx(card, names).encode())
     return written
 
 
