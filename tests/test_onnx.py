@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +19,11 @@ from ultrarefiner.results.card import with_onnx
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs.build import build_cascade
+from ultrarefiner.runs.pack import pack
 from ultrarefiner.segmenter import Segmenter
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def command(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    module.main()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +31,7 @@ def pair(finished_runs, tmp_path_factory):
     """A folder with both kinds of graph."""
     run = next(path.parent for path in finished_runs.glob("phantom/tiny/e2e*/*/summary.json"))
     folder = tmp_path_factory.mktemp("graphs") / "pair"
-    with pytest.MonkeyPatch.context() as patch:
-        command(export, patch, f"checkpoint={run}", f"output={folder}", "format=[safetensors,onnx,export]")
+    pack(run, folder, more=lambda made: export._graphs(made, ["onnx", "export"]))
     return folder
 
 
@@ -79,20 +75,14 @@ def test_the_segmenter_draws_the_same_with_both(pair, coarse, lesions):
         assert one.iou == pytest.approx(other.iou, abs=1e-3) and one.box == pytest.approx(other.box, abs=0.1)
 
 
-def test_predict_writes_the_same_tables_and_masks(pair, tmp_path, monkeypatch):
+def test_predict_writes_the_same_tables_and_masks(pair, tmp_path, execute):
     for number, image in enumerate(IMAGES):
         save(tmp_path / "scans" / f"{number}.png", image)
     rows = []
     for backend in ("torch", "onnx"):
         output = tmp_path / backend
-        command(
-            predict,
-            monkeypatch,
-            f"checkpoint={pair}",
-            f"images={tmp_path}/scans",
-            f"output={output}",
-            f"backend={backend}",
-        )
+        places = (f"checkpoint={pair}", f"images={tmp_path}/scans", f"output={output}")
+        assert execute(predict.main, *places, f"backend={backend}").status == 0
         rows.append(read_csv(output / "predictions.csv"))
     assert len(rows[0]) == 3
     for one, other in zip(*rows, strict=True):
@@ -149,13 +139,7 @@ def test_what_cannot_be_a_graph_says_so():
         graph.trace(cascade, 64, 64)
 
 
-def sentence(module, monkeypatch, *arguments):
-    with pytest.raises(SystemExit) as end:
-        command(module, monkeypatch, *arguments)
-    return str(end.value)
-
-
-def test_bad_files_and_values_end_in_one_sentence(pair, tmp_path, monkeypatch):
+def test_bad_files_and_values_end_in_one_sentence(pair, tmp_path, execute):
     import onnx
 
     save(tmp_path / "scans" / "a.png", IMAGES[0])
@@ -172,12 +156,12 @@ def test_bad_files_and_values_end_in_one_sentence(pair, tmp_path, monkeypatch):
         ("shipped", "onnx", "checkpoint=shipped output=DIR format=[onnx]"),
         (pair, "foo", "backend must be one of torch, onnx"),
     ):
-        said = sentence(predict, monkeypatch, *here, f"checkpoint={checkpoint}", f"backend={backend}")
+        said = execute(predict.main, *here, f"checkpoint={checkpoint}", f"backend={backend}").err.strip()
         assert words in said and len(said.splitlines()) == 1, said
     more = (f"checkpoint={pair}", "backend=onnx", "device=cuda")
-    assert "backend=onnx runs on device=cpu" in sentence(predict, monkeypatch, *here, *more)
-    said = sentence(export, monkeypatch, f"checkpoint={pair}", f"output={tmp_path}/o", "format=[tflite]")
-    assert "format must be of safetensors, onnx, export, got tflite" in said
+    assert "backend=onnx runs on device=cpu" in execute(predict.main, *here, *more).err
+    done = execute(export.main, f"checkpoint={pair}", f"output={tmp_path}/o", "format=[tflite]")
+    assert done.status == 1 and "format must be of safetensors, onnx, export, got tflite" in done.err
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
@@ -188,10 +172,8 @@ def test_without_the_packages_a_sentence_says_what_to_install(pair, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_shipped_pair_as_a_graph(tmp_path, monkeypatch):
-    from pathlib import Path
-
-    command(export, monkeypatch, "checkpoint=shipped", f"output={tmp_path}/pair", "format=[onnx]")
+def test_the_shipped_pair_as_a_graph(tmp_path, execute):
+    assert execute(export.main, "checkpoint=shipped", f"output={tmp_path}/pair", "format=[onnx]").status == 0
     image = sorted((Path(__file__).parents[1] / "examples" / "images").glob("*.png"))[0]
     one, other = Segmenter.load(device="cpu")(image), Segmenter.load(tmp_path / "pair", backend="onnx")(image)
     assert np.abs(one.probability - other.probability).max() < 1e-3 and one.reason == other.reason

@@ -22,6 +22,7 @@ from ultrarefiner.models.sam_decoder import Embedding
 from ultrarefiner.models.sam_families import FAMILIES
 from ultrarefiner.models.weights import RELEASES, fetch, load_strictly, read_state_dict
 from ultrarefiner.ranks import rank
+from ultrarefiner.refine.moments import full_precision
 
 if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder, PromptEncoder
@@ -180,11 +181,11 @@ class Sam(nn.Module):
         kind = FAMILIES[self.family]
         image, finer = kind.prepare(self, embedding)
         given = [prompt for prompt in (points, boxes, masks) if prompt is not None]
-        prompts = len(given[0]) if given else len(image)
-        if (points is None) != (labels is None) or any(len(p) != prompts for p in given) or prompts % len(image):
+        images, prompts = image.shape[0], (given[0] if given else image).shape[0]
+        if (points is None) != (labels is None) or any(p.shape[0] != prompts for p in given) or prompts % images:
             raise ValueError("points need labels, and all prompts one length, a multiple of the number of images")
         sparse = self._embed_sparse(points, labels, boxes).expand(prompts, -1, -1)
-        grid, each = (image.shape[2], image.shape[3]), prompts // len(image)
+        grid, each = (image.shape[2], image.shape[3]), prompts // images
         image = image.flatten(2).transpose(1, 2)
         multimask = self.multimask if multimask is None else multimask
         position = self._embed_places(*grid)
@@ -213,10 +214,10 @@ class Sam(nn.Module):
             masks: of all prompt sets. part: which P of them; an equal number for each image.
         """
         if masks is None:
-            prompts = self.prompt_encoder.no_mask_embed.weight.expand(len(part), 1, -1)
+            prompts = self.prompt_encoder.no_mask_embed.weight.expand(part.shape[0], 1, -1)
         else:
             prompts = sam_decoder.embed_masks(self.prompt_encoder, masks[part])
-        tokens: Tensor = (image[:, None] + prompts.unflatten(0, (len(image), -1))).flatten(0, 1)
+        tokens: Tensor = (image[:, None] + prompts.unflatten(0, (image.shape[0], -1))).flatten(0, 1)
         return tokens
 
     def _embed_places(self, height: int, width: int) -> Float[Tensor, "N D"]:
@@ -229,7 +230,7 @@ class Sam(nn.Module):
     def _embed_position(self, coordinates: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape D"]:
         """Random Fourier features of (x,y) in [0,1]. Never in half precision: the frequencies are high."""
         frequencies = self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-        with torch.autocast(coordinates.device.type, enabled=False):
+        with full_precision(coordinates):
             angles = 2 * math.pi * ((2 * coordinates.to(frequencies.dtype) - 1) @ frequencies)
             return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -244,13 +245,13 @@ class Sam(nn.Module):
             places, kinds = [points], [labels.long()]
         if boxes is not None:
             places.append(boxes.unflatten(1, (2, 2)))
-            kinds.append(torch.tensor([2, 3], device=boxes.device).expand(len(boxes), 2))
+            kinds.append(torch.tensor([2, 3], device=boxes.device).expand(boxes.shape[0], 2))
         if not places:
             nothing: Tensor = encoder.no_mask_embed.weight.new_empty(1, 0, encoder.embed_dim)
             return nothing
         if boxes is None or FAMILIES[self.family].pads_boxes:
-            places.append(places[0].new_zeros(len(places[0]), 1, 2))
-            kinds.append(kinds[0].new_full((len(kinds[0]), 1), -1))
+            places.append(places[0].new_zeros(places[0].shape[0], 1, 2))
+            kinds.append(kinds[0].new_full((kinds[0].shape[0], 1), -1))
         kind = torch.cat(kinds, dim=1)
         learned = torch.cat([e.weight for e in (encoder.not_a_point_embed, *encoder.point_embeddings)])
         position = self._embed_position(torch.cat(places, dim=1)) * (kind != -1).unsqueeze(-1)

@@ -70,7 +70,7 @@ def attend_to(
     decoder: "MaskDecoder", fixed: list[Any], keys: Tensor, position: Tensor, sparse: Tensor
 ) -> tuple[Float[Tensor, "P T D"], Float[Tensor, "P N D"]]:
     """`attend_both_ways` with the decoder's own tokens (embeddings) in front of the prompts'."""
-    own = torch.cat([token.weight for token in fixed]).expand(len(keys), -1, -1)
+    own = torch.cat([token.weight for token in fixed]).expand(keys.shape[0], -1, -1)
     tokens = torch.cat([own, sparse.to(own.dtype)], dim=1)
     return attend_both_ways(decoder.transformer, keys, position, tokens)
 

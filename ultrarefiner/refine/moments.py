@@ -1,5 +1,6 @@
 """Mass, centre and spread of a probability map, from its two marginals."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ class Moments(NamedTuple):
 def precise(x: Tensor) -> Tensor:
     """`x` in float32, or as it is when it is float64: geometry is never computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Where a half-precision autocast does not reach; a graph that is exported knows none."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False)
 
 
 def pixel_centres(count: int, like: Tensor) -> Float[Tensor, " count"]:

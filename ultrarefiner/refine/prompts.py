@@ -189,7 +189,7 @@ class Prompts(nn.Module):
             points.append(background_point(sharp, box))
         if image is not None:  # the points of an empty map, and those whose box has a soft edge in the padding
             points = [_moved_inside(point, image) for point in points]
-        labels = torch.tensor([1, 0][: len(points)], device=prob.device).expand(len(prob), -1)
+        labels = torch.tensor([1, 0][: len(points)], device=prob.device).expand(prob.shape[0], -1)
         return PromptSet(
             points=torch.cat(points, 1) if points else None,
             labels=labels if points else None,

@@ -132,13 +132,13 @@ class Refiner(nn.Module):
         Raises:
             ValueError: P is no multiple of B.
         """
-        if len(prob) % len(image):
+        if prob.shape[0] % image.shape[0]:
             raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        several = len(prob) // len(image)
-        aspect = precise(prob).new_ones(len(image)) if aspect is None else aspect
+        several = prob.shape[0] // image.shape[0]
+        aspect = precise(prob).new_ones(image.shape[0]) if aspect is None else aspect
         single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
-        shared = covering(single, len(image), margins, aspect if self.roi.keeps_aspect else None)
+        shared = covering(single, image.shape[0], margins, aspect if self.roi.keeps_aspect else None)
         boxes = shared.repeat_interleave(several, dim=0)
         seen, within = crop(prob, boxes, sam.mask_size), None
         if self.roi.keeps_aspect:  # what lies outside the image is background, and no place for a prompt

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrarefiner.refine.moments import mask_moments, pixel_centres, precise, sharpen, spread_box
+from ultrarefiner.refine.moments import full_precision, mask_moments, pixel_centres, precise, sharpen, spread_box
 
 # The logit outside the pasted box: background, not "undecided" (p = 4.5e-5).
 BACKGROUND_LOGIT = -10.0
@@ -84,7 +84,7 @@ class FullFrame(nn.Module):
 
     def boxes(self, prob: Float[Tensor, "B 1 H W"], aspect: Float[Tensor, " B"] | None = None) -> Float[Tensor, "B 4"]:
         """(0, 0, 1, 1) for every map; with `pad` x2 or y2 is larger where the image's width and height differ."""
-        box = precise(prob).new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(prob), 4)
+        box = precise(prob).new_tensor([0.0, 0.0, 1.0, 1.0]).expand(prob.shape[0], 4)
         return squared(box, aspect) if self.pad else box
 
 
@@ -99,7 +99,7 @@ def squared(boxes: Float[Tensor, "B 4"], aspect: Float[Tensor, " B"] | None = No
         boxes: (x1, y1, x2, y2) in [0, 1] over the image, or beyond it.
         aspect: native width / height of each image; None: square images.
     """
-    ones = boxes.new_ones(len(boxes))
+    ones = boxes.new_ones(boxes.shape[0])
     native = torch.stack([ones if aspect is None else aspect.to(ones), ones], dim=1)  # in heights of the image
     low, high = boxes[:, :2], boxes[:, 2:]
     side = ((high - low) * native).amax(1, keepdim=True).minimum(native.amax(1, keepdim=True))
@@ -110,7 +110,7 @@ def squared(boxes: Float[Tensor, "B 4"], aspect: Float[Tensor, " B"] | None = No
 
 def covering(
     boxes: Float[Tensor, "P 4"],
-    images: int,
+    images: int | torch.SymInt,
     margins: Float[Tensor, "B 4"] | None = None,
     aspect: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B 4"]:
@@ -122,7 +122,7 @@ def covering(
         aspect: native width / height of each image where boxes are native squares, as the result then is; None clamps
             it to the frame.
     """
-    if margins is None and len(boxes) == images:
+    if margins is None and boxes.shape[0] == images:
         return boxes
     grouped = boxes.unflatten(0, (images, -1))
     low, high = grouped[..., :2].amin(1), grouped[..., 2:].amax(1)
@@ -140,10 +140,10 @@ def _sides(boxes: Float[Tensor, "B 4"]) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _sample(x: Tensor, u: Float[Tensor, "B W"], v: Float[Tensor, "B H"]) -> Tensor:
     """Bilinear values of x (B,C,H,W) at the normalised columns u and rows v; its border is repeated outside."""
-    batch, width, height = len(u), u.shape[1], v.shape[1]
+    batch, width, height = u.shape[0], u.shape[1], v.shape[1]
     grid = torch.stack([u[:, None, :].expand(batch, height, width), v[:, :, None].expand(batch, height, width)], dim=-1)
     # Outside autocast: coordinates in half precision are off by pixels.
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         x = x.to(grid.dtype)
         return F.grid_sample(x, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
 
