@@ -60,7 +60,7 @@ def trace(cascade: Cascade, coarse_size: int, image_size: int) -> torch.export.E
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(Graph(cascade), shown, dynamic_shapes=[{0: batch}] * len(shown), strict=False)
+            return torch.export.export(Graph(cascade), shown, dynamic_shapes=[{0: batch}] * len(shown), strict=True)
     except Exception as error:  # the tracer has many of its own
         raise _not_possible(cascade, error) from error
 
