@@ -29,7 +29,8 @@ class Found:
         directory: where it lies.
         config: its configuration.
         summary: what is in its summary.json; nothing while it is not finished.
-        status: "finished", "running", "interrupted" (nobody works there), or "damaged" with the reason behind it.
+        status: "finished", "running", "paused", "interrupted", "killed" (nobody works there, and it could not say why), or
+            "failed" and "damaged" with the reason behind it.
         epochs: how many are done.
         best: the highest validation Dice so far, of the mask that the phase is judged by; NaN where there is none.
         setting: what it is called beside its fold and seed, see `name_settings`.
@@ -58,6 +59,8 @@ class Found:
                 found.epochs = int(found.summary["epochs"])
             elif _locked(directory):
                 found.status = "running"
+            elif (directory / "run.json").is_file():
+                found.status = read_json(directory / "run.json", ["ended"])["ended"] or "killed"
             found.base  # noqa: B018  # a configuration that does not even name its phase is none
         except (UserError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             found.status = f"damaged: {error}"

@@ -1,18 +1,20 @@
 """From the configuration to objects: data, networks, phases."""
 
+import contextlib
 import inspect
 import logging
 import re
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
@@ -28,6 +30,7 @@ from ultrarefiner.models.weights import load_strictly, read_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
+from ultrarefiner.runs.provenance import targets
 from ultrarefiner.settings import BRIDGE, COARSE, SAM
 
 
@@ -72,6 +75,28 @@ def told(error: BaseException) -> str:
         places = [(str(error.filename), error.lineno)]
     theirs = [f" ({file}, line {line})" for file, line in places if not _MACHINERY.search(file)]
     return f"{type(error).__name__}: {' '.join(str(error).split())}{''.join(theirs[-1:])}"
+
+
+def own_targets(cfg: DictConfig) -> list[str]:
+    """The classes in a configuration that are not ours."""
+    return sorted(name for name in targets(plain(cfg)) if not name.startswith(("ultrarefiner.", "torch.optim.")))
+
+
+@contextlib.contextmanager
+def blaming(cfg: DictConfig, what: str) -> Iterator[None]:
+    """Turn what the code of others raises inside the block into one sentence, where there is such code.
+
+    Raises:
+        UserError: with what it is that fails, and the line.
+    """
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        if not (own := own_targets(cfg)):
+            raise
+        raise UserError(f"{what}: {told(error)}; look at {', '.join(own)}") from error
 
 
 _MACHINERY = re.compile(r"^<|[\\/](hydra|importlib|torch)[\\/]")
