@@ -219,7 +219,7 @@ class Phase(pl.LightningModule):
         self._rows = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Dice and IoU of each case at its native size, where there is a lesion; and the loss of the mask that is judged.
+        """Dice and IoU of each case at its native size, where there is a lesion; and the loss of the judged mask.
 
         That is ½ cross-entropy + ½ Dice loss, Phase 1's loss by default and comparable between phases.
         """

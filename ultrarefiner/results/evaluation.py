@@ -27,9 +27,11 @@ def native_masks(predict: Predict, batch: dict[str, Any]) -> list[dict[str, Bool
 
 
 def evaluate(predict: Predict, loader: Iterable[dict[str, Any]]) -> Rows:
-    """One row for each case, in order: its index, the area of its lesion ("lesion_px", 0 in a normal image), and of every
-    mask its area, such as "refined_px", and every metric, such as "refined_hd95" (image px). In a normal image these are
-    NaN, which no mean counts: an empty mask would be a Dice of 1 there.
+    """One row for each case, in order.
+
+    Its index, the area of its lesion ("lesion_px", 0 in a normal image), and of every mask its area, such as
+    "refined_px", and every metric, such as "refined_hd95" (image px). In a normal image these are NaN, which no mean
+    counts: an empty mask would be a Dice of 1 there.
 
     Args:
         predict: see `Predict`.

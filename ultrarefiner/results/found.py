@@ -29,8 +29,8 @@ class Found:
         directory: where it lies.
         config: its configuration.
         summary: what is in its summary.json; nothing while it is not finished.
-        status: "finished", "running", "paused", "interrupted", "killed" (nobody works there, and it could not say why), or
-            "failed" and "damaged" with the reason behind it.
+        status: "finished", "running", "paused", "interrupted", "killed" (it could not say why it ended), or "failed"
+            and "damaged" with the reason behind it.
         epochs: how many are done.
         best: the highest validation Dice so far, of the mask that the phase is judged by; NaN where there is none.
         setting: what it is called beside its fold and seed, see `name_settings`.

@@ -1,4 +1,4 @@
-"""What happened in a run's directory: its starts and how they ended; and runs that differ from it in next to nothing."""
+"""What happened in a run's directory: its starts and how they ended; and runs that differ from it in little."""
 
 import contextlib
 import datetime
