@@ -1,4 +1,4 @@
-"""What a directory tells of its run: starts and ends, damage that heals, and what another run with more epochs takes."""
+"""What a directory tells of its run: starts and ends, damage that heals, and what a run with more epochs takes."""
 
 import datetime
 import json
@@ -72,7 +72,7 @@ def ended(root: Path, *overrides: str) -> tuple[str, str]:
     """How a failing run says that it ended, and as what a report finds it."""
     cfg = compose(f"output_root={root}", *COARSE, *overrides)
     (run,) = plan(cfg)
-    with pytest.raises(BaseException) as raised:  # noqa: PT011  # whatever it is
+    with pytest.raises(BaseException) as raised:
         experiment.run(cfg)
     told = json.loads((run.directory / history.RECORD).read_text())["ended"]
     return f"{type(raised.value).__name__}: {raised.value}", f"{told} | {Found.read(run.directory).status}"

@@ -126,6 +126,10 @@ def build_option(cfg: DictConfig, group: str, *args: Any, **kwargs: Any) -> Any:
 
 def build_store(cfg: DictConfig) -> Store:
     """The data set, for all runs of a command."""
+    if cfg.dataset.members and "members" not in cfg.dataset.reader:
+        raise UserError(
+            f"dataset.members={list(cfg.dataset.members)} is for dataset=combined; choose that, or leave it"
+        )
     return Store(build(cfg.dataset.reader, "dataset.reader"), Path(cfg.output_root).expanduser() / "cache")
 
 
@@ -217,6 +221,9 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
 def build_optimizer(cfg: DictConfig) -> Any:
     """Parameter groups → optimiser; arguments that are null are not given."""
     given = {key: value for key, value in plain(cfg.phase.optimizer).items() if value is not None}
+    if "lr" in given:
+        rates = ", ".join(f"phase.{key}" for key in cfg.phase if key == "lr" or key.endswith("_lr"))
+        raise UserError(f"phase.optimizer.lr would not be used; the learning rates are {rates}")
     return build({**given, "_partial_": True}, "phase.optimizer")
 
 

@@ -120,19 +120,19 @@ def _try(data: DataModule, phase: Phase) -> None:
     """What a class of the user's own gives for one case must be what docs/contracts.md says."""
     training = phase.training
     phase.eval()
-    loss = phase.terms(collate([data.dataset("train", augment=data.augment)[0]]))["loss"]
-    if loss.numel() != 1 or not loss.isfinite():
-        raise ValueError(f'terms()["loss"] must be one finite number, got {loss}')
     batch = collate([data.dataset("val", native=True)[0]])
-    for name, logits in phase.masks(batch).items():
-        if logits.ndim != 4 or logits.shape[:2] != (1, 1) or not logits.isfinite().all():
-            raise ValueError(f"the {name} mask must be finite logits (1, 1, height, width), got {tuple(logits.shape)}")
     if phase.cascade.refiner is not None:
         roi = phase.cascade.refiner.roi
         boxes = roi.boxes(batch["coarse_mask"], batch["aspect"])  # type: ignore[operator]
         inside = roi.keeps_aspect or bool(((boxes >= 0) & (boxes <= 1)).all())
         if boxes.shape != (1, 4) or not inside or not (boxes[:, :2] < boxes[:, 2:]).all():
             raise ValueError(f"boxes() of roi must be (x1, y1, x2, y2) in [0, 1], got {boxes.tolist()}")
+    loss = phase.terms(collate([data.dataset("train", augment=data.augment)[0]]))["loss"]
+    if loss.numel() != 1 or not loss.isfinite():
+        raise ValueError(f'terms()["loss"] must be one finite number, got {loss}')
+    for name, logits in phase.masks(batch).items():
+        if logits.ndim != 4 or logits.shape[:2] != (1, 1) or not logits.isfinite().all():
+            raise ValueError(f"the {name} mask must be finite logits (1, 1, height, width), got {tuple(logits.shape)}")
     phase.train(training)
 
 
