@@ -239,7 +239,7 @@ class Phase(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the cases, each counted once."""
         rows = gather(self._rows)
-        self.log("val/loss", sum(row["loss"] for row in rows) / max(len(rows), 1), sync_dist=True)
+        self.log("val/loss", math.fsum(row["loss"] for row in rows) / max(len(rows), 1), sync_dist=True)
         for which in ("coarse", "refined"):
             for name, value in metrics.mean_scores(rows, which).items():
                 self.log(f"val/{which}/{name}", value, sync_dist=True)

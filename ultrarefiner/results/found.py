@@ -54,13 +54,14 @@ class Found:
             found.config = {str(name): value for name, value in config.items()}
             found._read_metrics()
             if (directory / "summary.json").is_file():
-                found.summary = read_json(directory / "summary.json")
+                found.summary = read_json(directory / "summary.json", ("epochs", "test", "data"))
                 found.status = "finished"
                 found.epochs = int(found.summary["epochs"])
             elif _locked(directory):
                 found.status = "running"
             elif (directory / "run.json").is_file():
-                found.status = read_json(directory / "run.json", ["ended"])["ended"] or "killed"
+                ended = read_json(directory / "run.json", ["ended"])["ended"] or "killed"
+                found.status = "interrupted" if ended == "finished" else str(ended)
             found.base  # noqa: B018  # a configuration that does not even name its phase is none
         except (UserError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             found.status = f"damaged: {error}"

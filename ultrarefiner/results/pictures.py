@@ -74,8 +74,7 @@ def curves(
         others = cycle((GREY, "black", GREEN))
         for name, (epochs, values) in lines.items():
             colour = COLOURS.get(name) or next(others)
-            label = "val/loss (½ CE + ½ Dice)" if name == "val/loss" else name
-            axes.plot(epochs, values, color=colour, label=label, linewidth=1.6, marker="o", markersize=2.5)
+            axes.plot(epochs, values, color=colour, label=name, linewidth=1.6, marker="o", markersize=2.5)
         for name, value in baseline.items() if title == "validation Dice" else ():
             if math.isfinite(value):
                 label = f"{name} before {value:.3f}"

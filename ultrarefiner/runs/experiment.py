@@ -44,15 +44,15 @@ def run(cfg: DictConfig) -> Path:
     with blaming(cfg, "the plan fails"):
         runs = plan(cfg)
     target = runs[-1]
-    for each in runs:
-        if each.damage:
-            what = each.damage.partition(";")[0]
-            if not resume_point(each.directory / "checkpoints"):
-                raise UserError(f"{what}, and no checkpoint to measure it again is there; delete {each.directory}")
-            log.warning("%s; this run is measured again", what)
     if agreed(target.finished):
         tables.summary(target.directory, finished_before=True)
         return target.directory
+    for each in unfinished(runs):
+        if damage := each.damage:
+            what = damage.partition(";")[0]
+            if not resume_point(each.directory / "checkpoints"):
+                raise UserError(f"{what}, and no checkpoint to measure it again is there; delete {each.directory}")
+            log.warning("%s; this run is measured again", what)
     # All that can be wrong is found out here, before hours go into earlier phases.
     with blaming(cfg, "reading the cases fails"):
         for each in runs:

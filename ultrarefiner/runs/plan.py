@@ -134,7 +134,7 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     if not (isinstance(kind, type) and issubclass(kind, Phase)):
         raise UserError(f"phase._target_={cfg.phase._target_} is no phase: give a subclass of phases.phase.Phase")
     ours = {schema._target_: schema.name for schema in PhaseConfig.__subclasses__()}
-    if ours.get(cfg.phase._target_, None if cfg.phase.name in ours.values() else cfg.phase.name) != cfg.phase.name:
+    if ours.get(cfg.phase._target_, cfg.phase.name) != cfg.phase.name:
         raise UserError(
             f"phase.name={cfg.phase.name} is not what {cfg.phase._target_} is called; choose it with phase=NAME"
         )

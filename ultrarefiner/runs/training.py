@@ -162,7 +162,7 @@ def _fit(trainer: pl.Trainer, phase: Phase, run: Run) -> None:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         raise UserError(
-            f"the memory does not suffice ({' '.join(str(error).split())[:200]}): lower phase.batch_size, "
+            f"the memory may not suffice ({' '.join(str(error).split())[:200]}): lower phase.batch_size, "
             "trainer.num_workers or model.image_size; the same command continues, a changed one begins anew"
         ) from error
     phase.load_state_dict(checkpoints.best(run.directory)["state_dict"])
