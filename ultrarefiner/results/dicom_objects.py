@@ -192,6 +192,10 @@ class _Writer:
         organization = self.uid("dimensions")
         for item in (*made.DimensionOrganizationSequence, *made.DimensionIndexSequence):
             item.DimensionOrganizationUID = organization
+        made.PatientOrientation = self.source.get("PatientOrientation", "")
+        shared = made.SharedFunctionalGroupsSequence[0]
+        if not any(shared.get("PixelMeasuresSequence", ())):  # empty items
+            shared.pop("PixelMeasuresSequence", None)
         if self.clip:  # highdicom knows no clips outside of a patient's space: for it, the source has one frame
             for lesion, item in zip(found, made.PerFrameFunctionalGroupsSequence, strict=True):
                 item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = lesion.frame
@@ -217,6 +221,8 @@ class _Writer:
             region = hd.sr.ReferencedSegmentationFrame(
                 segmentation.SOPClassUID, segmentation.SOPInstanceUID, number, number, source
             )
+            # Its frame says which segment; the standard forbids to name both (PS3.3 C.18.4).
+            del region[0].ReferencedSOPSequence[0].ReferencedSegmentNumber
             groups.append(
                 hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
                     hd.sr.TrackingIdentifier(*self._tracking(lesion)),
@@ -269,8 +275,9 @@ class _Writer:
 
     def _dated(self, made: "Dataset") -> "Dataset":
         """With the source's date in place of today's: one UID must not stand for two different objects."""
-        for name in ("InstanceCreationDate", "InstanceCreationTime"):
-            made.pop(name, None)
+        for item in (made, *made.get("ContributingEquipmentSequence", ())):
+            for name in ("InstanceCreationDate", "InstanceCreationTime", "ContributionDateTime"):
+                item.pop(name, None)
         made.ContentDate, made.ContentTime = _moment(self.source)
         return made
 
@@ -280,6 +287,8 @@ def _completed(header: "Dataset") -> "Dataset":
 
     Its place in space, which ultrasound hardly has, is left out: then the segmentation is bound to the frames themselves.
     """
+    from pydicom.dataset import Dataset
+
     for keyword in _TEXTS:
         if header.get(keyword) is None:
             setattr(header, keyword, "")
@@ -290,6 +299,9 @@ def _completed(header: "Dataset") -> "Dataset":
     header.pop("FrameOfReferenceUID", None)
     if "NumberOfFrames" in header:
         header.NumberOfFrames = 1
+    shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]  # highdicom asks clips for theirs
+    shared[0].setdefault("PixelMeasuresSequence", [Dataset()])
+    header.SharedFunctionalGroupsSequence = shared
     return header
 
 
