@@ -228,11 +228,8 @@ class Explorer:
             coarse, replaced = _limited(coarse, box)
         with self._alone:
             self._steer(image, box, points)
-            free = box is not None or bool(points)
-            if box is None:
-                found = (self._free if free else self._judged)(image)
-            else:
-                found = self._free(image, coarse=coarse)
+            segmenter = self._free if box or points else self._judged
+            found = segmenter(image, coarse=coarse if box else None)
             told = self._told(found)
         return replace(before, found=found, told=told, box=box, points=points, replaced=replaced)
 
@@ -316,7 +313,9 @@ def picture(
         grey = np.dstack([image] * 3) if image.ndim == 2 else image
         heat = cv2.applyColorMap(np.round(255 * 4 * prob * (1 - prob)).astype(np.uint8), cv2.COLORMAP_INFERNO)
         image = np.round(0.45 * grey + 0.55 * heat[..., ::-1]).astype(np.uint8)
-    coarse, refined = (one if name in layers else None for name, one in (("coarse", now.first.coarse), ("refined", mask)))
+    coarse, refined = (
+        one if name in layers else None for name, one in (("coarse", now.first.coarse), ("refined", mask))
+    )
     canvas = overlay(image, coarse, refined)
     wide = max(1, round(float(np.hypot(*mask.shape)) / 600))
     for name, box, colour in (("region", now.told.region, _GREY), ("box", now.box or now.told.box, _WHITE)):
