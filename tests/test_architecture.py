@@ -27,7 +27,10 @@ MAY_USE = {
     "runs": {"ground", "refine", "models", "data", "results", "phases", "cli"},
     "segmenter": {"ground", "refine", "models", "data", "results", "phases", "runs"},
     "assess": {"ground", "refine", "models", "data", "results", "phases", "runs", "segmenter"},
-    "commands": {"ground", "refine", "models", "data", "results", "phases", "runs", "cli", "segmenter", "assess"},
+    "explore": {"ground", "refine", "models", "data", "results", "phases", "runs", "segmenter"},
+    "explore_page": {"ground", "data", "results", "explore"},
+    "commands": {"ground", "refine", "models", "data", "results", "phases", "runs", "cli", "segmenter", "assess"}
+    | {"explore", "explore_page"},
 }
 """Which rooms each room may import, besides itself."""
 

@@ -1,7 +1,7 @@
 """DICOM files: what they hold, their frames one by one, and how large a pixel is; pydicom decodes."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +34,19 @@ class Region(NamedTuple):
     def holds(self, x: float, y: float) -> bool:
         """Whether a point lies in it, px."""
         return self.box[0] <= x <= self.box[2] and self.box[1] <= y <= self.box[3]
+
+
+def spacing_at(
+    regions: Sequence[Region], point: tuple[float, float], otherwise: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    """(row, column) in mm at a point (x, y) px: that of the smallest region there.
+
+    Args:
+        otherwise: that of images without any region.
+    """
+    around = [region for region in regions if region.holds(*point)]
+    smallest = min(around, key=lambda region: region.area, default=None)
+    return smallest.spacing if smallest else None if regions else otherwise
 
 
 def is_dicom(path: Path) -> bool:

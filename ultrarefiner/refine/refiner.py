@@ -7,7 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ultrarefiner.refine.moments import precise
-from ultrarefiner.refine.prompts import Prompts
 from ultrarefiner.refine.roi import coverage, covering, crop, image_within, paste
 
 
@@ -84,7 +83,7 @@ class Refiner(nn.Module):
         self,
         sam: nn.Module,
         roi: nn.Module,
-        prompts: Prompts,
+        prompts: nn.Module,
         selection_temperature: float = 0.1,
         gradient: Literal["exact", "frozen"] = "exact",
     ) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Shaped, UInt8
 
-from ultrarefiner.data.dicom import Region
+from ultrarefiner.data.dicom import Region, spacing_at
 from ultrarefiner.data.scans import CoarseMasks, Scan, file_hash, load_coarse
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_csv, read_json, write_atomically, write_csv
-from ultrarefiner.results.measures import Lesion, describe, separate
+from ultrarefiner.results.measures import describe, separate
 from ultrarefiner.results.pictures import png
 from ultrarefiner.results.segmentation import Segmentation
 
@@ -25,7 +25,7 @@ TABLE, LESIONS, SETTINGS = "predictions.csv", "lesions.csv", "settings.json"
 EXTRAS = ("probabilities", "overlays")
 SAVING = 0.05
 """The most of the time that writing tables may take; what was done since the last time is done again after a kill."""
-_PARTIAL = re.compile(r"\..+\.(png|csv|json)-\w{8}")  # of `files.replacing`
+_PARTIAL = re.compile(r"\..+\.(png|csv|json|dcm)-\w{8}")  # of `files.replacing`
 
 Rows = list[dict[str, Any]]
 Segment = Callable[[list[Any], list[Any] | None], list[Segmentation]]
@@ -101,7 +101,7 @@ class Predictions:
             write_atomically(paths["overlays"], png(found.overlay()))
         height, width = found.mask.shape
         parts = separate(found.mask)
-        spacings = [self._spacing(item, part) for part in parts]
+        spacings = [spacing_at(item.regions, part.centre, self.spacing) for part in parts]
         self.rows[name] = {
             "id": name,
             "image": item.scan.id,
@@ -134,12 +134,6 @@ class Predictions:
 
     def _files(self, name: str) -> dict[str, Path]:
         return {kind: self.folder / kind / f"{name}.png" for kind in ("masks", *self.extras)}
-
-    def _spacing(self, item: Item, lesion: Lesion) -> tuple[float, float] | None:
-        """That of the smallest calibrated region in which the lesion's centre lies."""
-        around = [region for region in item.regions if region.holds(*lesion.centre)]
-        smallest = min(around, key=lambda region: region.area, default=None)
-        return smallest.spacing if smallest else None if item.regions else self.spacing
 
     def _read(self, table: str) -> list[dict[str, str]]:
         return read_csv(self.folder / table) if (self.folder / table).is_file() else []
