@@ -1,7 +1,7 @@
 """What was found, as DICOM: for each DICOM source a segmentation (SEG) and a measurement report (SR, TID 1500).
 
 Both are made of the masks and tables that are already written, so they say the same, and an interrupted call continues.
-Nothing in them is chance or a clock: the same source, networks and settings give the same bytes, and thereby the same UIDs.
+Nothing in them is chance or a clock: the same source, networks and settings give the same bytes and the same UIDs.
 """
 
 import io
@@ -106,9 +106,7 @@ def _write(scan: Scan, names: Sequence[str], results: Predictions, settings: Map
     writer = _Writer(scan, header, settings, [__version__, *marks, *masks])
     segmentation, report = (results.folder / FOLDER / f"{scan.name}.{kind}.dcm" for kind in ("seg", "sr"))
     any_lesion = any(results.lesions[name] for name in names)
-    if not any_lesion:
-        segmentation.unlink(missing_ok=True)  # of an image that had one, and has changed
-    elif _uid(segmentation) == writer.uid("SEG") and _uid(report) == writer.uid("SR"):
+    if _uid(segmentation) == (writer.uid("SEG") if any_lesion else None) and _uid(report) == writer.uid("SR"):
         return
     found = [
         lesion
@@ -119,7 +117,9 @@ def _write(scan: Scan, names: Sequence[str], results: Predictions, settings: Map
         size = f"{len(found)} lesions in its frames of {header.Columns} × {header.Rows} px"
         raise UserError(f"{scan.path} has {size}, too many for one segmentation: export fewer frames; {_ADVICE}.")
     made = writer.segmentation(found) if found else None
-    if made is not None:
+    if made is None:
+        segmentation.unlink(missing_ok=True)  # of an image that had a lesion, and has changed
+    else:
         write_atomically(segmentation, _encoded(made))
     write_atomically(report, _encoded(writer.report(found, made)))  # last: it refers to the other
 
@@ -285,7 +285,7 @@ class _Writer:
 def _completed(header: "Dataset") -> "Dataset":
     """The source as highdicom needs it: what may be blank is there, and blank where it breaks the standard.
 
-    Its place in space, which ultrasound hardly has, is left out: then the segmentation is bound to the frames themselves.
+    Its place in space, which ultrasound hardly has, is left out: the segmentation is bound to the frames themselves.
     """
     from pydicom.dataset import Dataset
 
