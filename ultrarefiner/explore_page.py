@@ -17,7 +17,8 @@ BOX, INSIDE, OUTSIDE = "a corner of the box", "a point in the lesion", "a point 
 SIDES = ("left", "top", "right", "bottom")
 STYLE = """
 .gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
-.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
+.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; vertical-align: top;
+  padding: .25rem .9rem .25rem 0; }
 .problem { border-left: .3rem solid #b34700; padding: .4rem .8rem; overflow-wrap: anywhere; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
