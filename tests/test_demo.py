@@ -120,7 +120,6 @@ def test_points_are_told_and_the_region_holds_them(pointed, tmp_path, monkeypatc
     assert not pointed.refuses_points
     own = len(begun.told.points)
     calls = counted(pointed, monkeypatch)
-    points = ((3.0, 4.0, True), (88.0, 117.0, False))
     width, height = begun.found.mask.shape[1], begun.found.mask.shape[0]
     points = ((3.0, 4.0, True), (width - 3.0, height - 2.0, False))
     more = pointed.redraw(begun, None, points)
