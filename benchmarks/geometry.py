@@ -42,6 +42,8 @@ SETTINGS: dict[str, list[str]] = {
     "**`roi=off` as it is by default**": ["roi=off"],
     "`roi=on`, `gate=uncertainty`": ["roi=on", "gate=uncertainty"],
     "`roi=off`, `gate=uncertainty`": ["roi=off", "gate=uncertainty"],
+    "`roi=on`, `gate=mean`": ["roi=on", "gate=mean"],
+    "`roi=off`, `gate=mean`": ["roi=off", "gate=mean"],
 }
 
 

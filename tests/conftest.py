@@ -13,11 +13,12 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -123,8 +124,7 @@ def phase_defaults(schema: type[config.PhaseConfig]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name != "_target_" and value != MISSING}
 
 
-@dataclass
-class Finished:
+class Finished(NamedTuple):
     """What a command left: its exit status and what it printed."""
 
     status: int
@@ -133,16 +133,16 @@ class Finished:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `python -m ultrarefiner.train ...` inside this process."""
+def execute(monkeypatch, capsys):
+    """Run the `main` of a command with its arguments inside this process, and say how it ended."""
 
-    def run(*arguments: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-train", *arguments])
+    def run(main: Callable[[], None], *arguments: str) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["ultrarefiner", *arguments])
         capsys.readouterr()
         status = 0
         message = ""
         try:
-            train.main()
+            main()
         except SystemExit as end:
             # A text as status is what the interpreter prints on stderr, with status 1.
             status = end.code if isinstance(end.code, int) else 1
@@ -153,6 +153,12 @@ def command(monkeypatch, capsys):
         return Finished(status, printed.out, printed.err + message)
 
     return run
+
+
+@pytest.fixture
+def command(execute):
+    """Run `python -m ultrarefiner.train ...` inside this process."""
+    return partial(execute, train.main)
 
 
 @pytest.fixture(scope="session")

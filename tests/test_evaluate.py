@@ -4,15 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from conftest import Finished
 from data_layouts import disc, save, texture, write_busi, write_table
 from ultrarefiner import evaluate
 from ultrarefiner.results.safety import Safety
@@ -31,23 +30,9 @@ def e2e(finished_runs) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path, finished_runs):
+def call(execute, finished_runs):
     """Run the command inside this process."""
-
-    def run(*arguments: str) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-evaluate", f"output_root={finished_runs}", *arguments])
-        capsys.readouterr()
-        status, message = 0, ""
-        try:
-            evaluate.main()
-        except SystemExit as end:
-            status, message = (end.code, "") if isinstance(end.code, int) else (1, str(end.code))
-        finally:
-            GlobalHydra.instance().clear()
-        printed = capsys.readouterr()
-        return Finished(status, printed.out, printed.err + message)
-
-    return run
+    return partial(execute, evaluate.main, f"output_root={finished_runs}")
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:

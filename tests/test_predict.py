@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from conftest import Finished
@@ -36,25 +35,14 @@ def pair(finished_runs) -> Path:
 
 
 @pytest.fixture
-def predicted(monkeypatch, capsys, tmp_path, pair):
+def predicted(execute, tmp_path, pair):
     """Run `python -m ultrarefiner.predict ...` inside this process, with the pair and into tmp_path/out."""
 
     def call(*arguments: str) -> Finished:
         given = {argument.partition("=")[0] for argument in arguments}
         defaults = {"checkpoint": pair, "output": tmp_path / "out", "safety": "none", "images": tmp_path / "scans"}
         more = [f"{key}={value}" for key, value in defaults.items() if key not in given]
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-predict", *more, *arguments])
-        capsys.readouterr()
-        status, message = 0, ""
-        try:
-            predict.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-            message = end.code if isinstance(end.code, str) else ""
-        finally:
-            GlobalHydra.instance().clear()
-        printed = capsys.readouterr()
-        return Finished(status, printed.out, printed.err + message)
+        return execute(predict.main, *more, *arguments)
 
     return call
 

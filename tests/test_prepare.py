@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from conftest import Finished
 from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder
@@ -18,23 +17,12 @@ SMALL = ["model.image_size=64", "model.coarse_size=32"]
 
 
 @pytest.fixture
-def prepared(monkeypatch, capsys, tmp_path):
+def prepared(execute, tmp_path):
     """Run `python -m ultrarefiner.prepare ...` inside this process."""
 
     def run(*arguments: str) -> Finished:
         arguments = (*SMALL, f"output_root={tmp_path}/out", *arguments)
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-prepare", *arguments])
-        capsys.readouterr()
-        status, message = 0, ""
-        try:
-            prepare.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-            message = end.code if isinstance(end.code, str) else ""
-        finally:
-            GlobalHydra.instance().clear()
-        printed = capsys.readouterr()
-        return Finished(status, printed.out, printed.err + message)
+        return execute(prepare.main, *arguments)
 
     return run
 

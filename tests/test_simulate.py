@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from conftest import Finished, compose
 from data_layouts import write_busbra, write_busi, write_folder
@@ -29,23 +28,12 @@ SMALL = ["model.image_size=64", "model.coarse_size=32"]
 
 
 @pytest.fixture
-def simulated(monkeypatch, capsys, tmp_path):
+def simulated(execute, tmp_path):
     """Run `python -m ultrarefiner.simulate ...` inside this process."""
 
     def call(*arguments: str) -> Finished:
         arguments = (*SMALL, f"output_root={tmp_path}/out", *arguments)
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-simulate", *arguments])
-        capsys.readouterr()
-        status, message = 0, ""
-        try:
-            simulate.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-            message = end.code if isinstance(end.code, str) else ""
-        finally:
-            GlobalHydra.instance().clear()
-        printed = capsys.readouterr()
-        return Finished(status, printed.out, printed.err + message)
+        return execute(simulate.main, *arguments)
 
     return call
 

@@ -1,17 +1,32 @@
 """What surrounds a command: a full disk, a closed pipe, a locale that knows ASCII alone, classes that fail."""
 
+import contextlib
+import importlib
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import MICRO
+from conftest import MICRO, compose
+from data_layouts import write_folder
 from ultrarefiner import files
+from ultrarefiner.data.cache import open_cache
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.phantom import Phantoms
+from ultrarefiner.data.readers import Folder
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.weights import read_state_dict, write_state_dict
+from ultrarefiner.runs import checkpoints, experiment, training
+from ultrarefiner.runs.plan import plan
+from ultrarefiner.runs.provenance import sources
 
 BIG = {"weight": torch.zeros(1_000_000)}  # 4 MB
 WRITERS = {
@@ -90,3 +105,195 @@ def test_a_class_of_somebodys_own_that_fails_says_where(source, sentence, comman
     sys.modules.pop("own", None)
     lines = done.err.strip().splitlines()
     assert done.status == 1 and len(lines) == 1 and re.search(sentence, lines[0]), done.err
+
+
+def test_code_of_ones_own_belongs_to_a_result(tmp_path, monkeypatch):
+    """Of the class's file and of her other files that it takes from; not of packages, nor of our own classes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"model.coarse": {"_target_": "own_net.Net"}, "phase.optimizer": {"_target_": "torch.optim.AdamW"}}
+    settings["roi._target_"] = "ultrarefiner.refine.roi.LesionRoi"
+    net = "import torch\nfrom own_parts import Block\n\nclass Net(torch.nn.Module):\n    block = Block\n"
+
+    def digest(net: str, block: str) -> dict[str, str]:
+        (tmp_path / "own_net.py").write_text(net)
+        (tmp_path / "own_parts.py").write_text(block)
+        for name in ("own_net", "own_parts"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return sources(settings)
+
+    first = digest(net, "class Block: pass\n")
+    assert set(first) == {"own_net.Net"} and digest(net, "class Block: pass\n") == first
+    assert digest(net + "    width = 3\n", "class Block: pass\n") != first
+    assert digest(net, "class Block: width = 30\n") != first
+    for name in ("own_net", "own_parts"):
+        sys.modules.pop(name, None)
+    assert "code" not in plan(compose("phase=coarse", f"output_root={tmp_path}"))[-1].settings
+
+
+def test_a_finished_run_on_a_read_only_disk_is_shown(finished_runs, full_disk, capsys):
+    root = full_disk / "out"
+    for path in finished_runs.rglob("*"):  # a tmpfs of 2 MB: the tables, not the weights
+        if path.suffix in (".json", ".csv", ".yaml") and "cache" not in path.parts:
+            (root / path.relative_to(finished_runs)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.relative_to(finished_runs))
+    subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
+    capsys.readouterr()
+    experiment.run(compose(f"output_root={root}"))
+    assert "exists already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"{root}/.*cannot be written .*another output_root"):
+        experiment.run(compose(f"output_root={root}", "seed=7"))
+
+
+def write_summary(folder: Path, turn: int) -> None:
+    files.write_json(folder / "summary.json", {"turn": turn, "rows": [turn] * 20_000})
+
+
+def write_checkpoint(folder: Path, turn: int) -> None:
+    content = {"turn": turn, "weight": torch.full((200_000,), float(turn))}
+    checkpoints.SafeCheckpointIO().save_checkpoint(content, folder / checkpoints.LAST)
+
+
+def write_cache(folder: Path, turn: int) -> None:
+    open_cache(Phantoms(6, 48, seed=turn % 2), (32, 48), folder)
+
+
+def read_summary(folder: Path) -> None:
+    if (folder / "summary.json").is_file():
+        content = files.read_json(folder / "summary.json", ["turn", "rows"])
+        assert content["rows"] == [content["turn"]] * 20_000
+
+
+def read_checkpoint(folder: Path) -> None:
+    """There is one to go on from as soon as one was written whole."""
+    path = checkpoints.resume_point(folder)
+    if path is not None:
+        content = files.load(path)
+        assert (content["weight"] == content["turn"]).all()
+    assert path is not None or not (folder / checkpoints.LAST).exists()
+
+
+def read_cache(folder: Path) -> None:
+    """Built again where it was not whole; index and frames are those of the images."""
+    for seed in (0, 1):
+        reader = Phantoms(6, 48, seed=seed)
+        index, frames = open_cache(reader, (32, 48), folder)
+        for position, case in enumerate(reader.cases()):
+            image, mask = reader.read(case)
+            assert index.entries[position].lesion_px == mask.sum()
+            assert (frames[48].image(position) == image).all() and (frames[48].mask(position) == mask).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [(write_summary, read_summary), (write_checkpoint, read_checkpoint), (write_cache, read_cache)],
+)
+def test_killed_at_ten_random_moments_of_writing(write, read, tmp_path):
+    draw = random.Random(0)
+    for attempt in range(10):
+        folder = tmp_path if write is not write_cache else tmp_path / str(attempt)  # each cache is built once
+        folder.mkdir(exist_ok=True)
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                for turn in range(10_000):
+                    write(folder, turn)
+            os._exit(1)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        read(folder)
+
+
+def test_files_that_vanish_while_a_run_trains_cost_a_picture_at_most(tmp_path, monkeypatch, caplog):
+    """The truth and the images are in the cache; a mount that is lost leaves the result."""
+    root = write_folder(tmp_path / "data", 20)
+    table = "id,patient,label\n" + "".join(f"case_{i},{i},benign\n" for i in range(20))
+    (root / "table.csv").write_text(table)
+    given = [text for text in MICRO if "reader" not in text]
+    given += ["dataset=folder", f"data_root={root}", "phase=coarse", "model.schedule.coarse.epochs=1"]
+    cfg = compose(f"output_root={tmp_path}/out", *given, micro=False)
+    fit = training._fit
+
+    def fit_and_lose(*args):
+        fit(*args)
+        shutil.rmtree(root)
+
+    monkeypatch.setattr(training, "_fit", fit_and_lose)
+    directory = experiment.run(cfg)
+    assert (directory / "summary.json").is_file() and "is not among the overlays" in caplog.text
+
+
+def test_files_that_change_while_they_are_read_are_not_cached(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "data", 3)
+    reader = Folder(root)
+    read = Folder.read
+
+    def read_and_change(self, case):
+        done = read(self, case)
+        if case.id == "case_2":
+            shutil.copy(root / "masks" / "case_1.png", root / "masks" / "case_2.png")
+        return done
+
+    monkeypatch.setattr(Folder, "read", read_and_change)
+    with pytest.raises(UserError, match="changed while they were read"):
+        open_cache(reader, (32,), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+WRONG_READERS = {
+    "no name": ("name = None", r"Own must be .* with a name"),
+    "cases that are none": ("found = ['c1', 'c2']", r"cases\(\) of Own must give Case with paths, got 'c1'"),
+    "masks as text": ("masks = ['x.png']", r"own_reader\.Own"),
+    "a float image": ("kind = np.float32", r"read\(\) of Own must give an image \(H, W\) of uint8"),
+    "a bug": ("broken = 1 // 0", r"own_reader\.Own.*ZeroDivisionError"),
+    "a bug in cases": ("late = True", r"ValueError: no such thing .*own_reader\.py, line"),
+}
+
+
+def test_masks_may_be_a_list():
+    """What is most often written in a reader of one's own."""
+    case = Case("c", "own", image=Path("x.png"))
+    object.__setattr__(case, "masks", [Path("y.png")])
+    assert case.files == (Path("x.png"), Path("y.png"))
+
+
+@pytest.mark.parametrize("what", WRONG_READERS)
+def test_a_reader_of_ones_own_that_is_wrong_is_one_sentence(what, command, tmp_path, monkeypatch):
+    line, sentence = WRONG_READERS[what]
+    (tmp_path / "own_reader.py").write_text(f"""
+from pathlib import Path
+import numpy as np
+from ultrarefiner.data.cases import Case
+from ultrarefiner.data.readers import Reader
+
+class Own(Reader):
+    name, masks, kind, late, found = "own", (), np.uint8, False, None
+
+    def __init__(self):
+        {line if "broken" in line else "self." + line}
+
+    def cases(self):
+        if self.late:
+            raise ValueError("no such thing")
+        return self.found or [Case(f"c{{i}}", "own", masks=self.masks) for i in range(12)]
+
+    def read(self, case):
+        y, x = np.mgrid[:40, :40]
+        place = int(case.id[1:])
+        return ((y * x * (place + 2)) % 251).astype(self.kind), (y - 20) ** 2 + (x - 20) ** 2 < 90 + place
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("own_reader", None)
+    monkeypatch.setattr(experiment, "train", lambda *_: pytest.fail("it is trained"))
+    given = [text for text in MICRO if "reader" not in text]
+    given += [
+        "dataset.reader._target_=own_reader.Own",
+        *(f"~dataset.reader.{key}" for key in ("cases", "seed", "size")),
+    ]
+    done = command(*given, "phase=coarse", f"output_root={tmp_path}/out")
+    sys.modules.pop("own_reader", None)
+    lines = done.err.strip().splitlines()
+    assert done.status == 1 and len(lines) == 1 and re.search(f"^error: .*(?:{sentence})", lines[0]), done.err

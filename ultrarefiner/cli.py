@@ -63,6 +63,8 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
         print(help_text())
         return
     sys.argv[1:] = map(_quoted, sys.argv[1:])
+    if str(Path.cwd()) not in sys.path:  # of `python -m` the folder is there; ultrarefiner-train finds own classes too
+        sys.path.append(str(Path.cwd()))
     config.register()
     Plugins.instance().register(ExperimentsPath)
     # Hydra then raises instead of printing its own report, so that all errors pass through `explain`.

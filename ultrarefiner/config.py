@@ -143,7 +143,7 @@ class PromptStyleConfig:
 class LesionRoiConfig:
     """roi=on: SAM looks at the lesion."""
 
-    name: str = "on"
+    name: str = setting("on", one_of=("on",))
     _target_: str = "ultrarefiner.refine.roi.LesionRoi"
     expand_ratio: float = setting(at_least=0)
     k: float = setting(2.5, above=0)
@@ -156,7 +156,7 @@ class LesionRoiConfig:
 class FullFrameConfig:
     """roi=off: SAM looks at the whole frame."""
 
-    name: str = "off"
+    name: str = setting("off", one_of=("off",))
     _target_: str = "ultrarefiner.refine.roi.FullFrame.of"
     frame: str = MISSING
 

@@ -146,6 +146,14 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_parts(*folders: Path) -> None:
+    """Delete what a process that was killed while it wrote left in folders that nobody else writes to now."""
+    for folder in folders:
+        for path in folder.glob(".*-????????"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+
 _DISK_FULL = re.compile("write|unexpected pos")
 
 
@@ -166,14 +174,17 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, keys: Iterable[str] = ()) -> Any:
+    """The content of a JSON file; where keys are given, an object that has them.
 
     Raises:
         UserError: it cannot be read, or is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if keys and (lost := set(keys) - set(content if isinstance(content, dict) else ())):
+            raise ValueError(f"without {min(lost)}")
+        return content
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -37,6 +37,7 @@ Values
   tta=[flips,scales]     mean over mirrored and zoomed views, or one of them; none by default
   spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
+  dicom=true             of DICOM images a segmentation (SEG) and a measurement report (SR) as well
   batch_size=1, device=auto
   safety.KEY=VALUE       as --cfg job prints them; null switches a rule off
   --cfg job              print the composed configuration"""
@@ -54,6 +55,7 @@ class PredictConfig:
     tta: Any = None
     spacing: list[float] | None = None
     extras: list[str] = field(default_factory=lambda: ["probabilities", "overlays"])
+    dicom: bool = False
     batch_size: int = setting(1, at_least=1)
     device: str = "auto"
     safety: Safety = field(default_factory=Safety)
@@ -68,9 +70,12 @@ def _predict(cfg: DictConfig) -> None:
     from pathlib import Path
 
     from ultrarefiner.data.scans import CoarseMasks, find_scans
+    from ultrarefiner.results.dicom_objects import check_installed, write_objects
     from ultrarefiner.results.prediction import Predictions, alone_in, predict, progress, summary
 
-    warnings.filterwarnings("ignore", module=r"PIL|pydicom")  # what is wrong with a file is said at the end
+    warnings.filterwarnings("ignore", module=r"PIL|pydicom|highdicom")  # what is wrong with a file is said at the end
+    if cfg.dicom:
+        check_installed()
     output = Path(cfg.output).expanduser()
     found = find_scans(cfg.images, output)
     masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)
@@ -88,10 +93,15 @@ def _predict(cfg: DictConfig) -> None:
         results = Predictions(output, settings, cfg.spacing, cfg.extras)
         with progress(sum(scan.frames for scan in found.scans)) as step:
             problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
+        others, bare = write_objects(found.scans, results, settings) if cfg.dicom else (0, [])
     print(summary(results))
+    if others:
+        print(f"{others} images are not DICOM: they have no DICOM objects")
+    print(*problems, *bare, sep="\n", end="\n" if problems or bare else "", file=sys.stderr)
     if problems:
-        print(*problems, sep="\n", file=sys.stderr)
         raise UserError(f"{len(problems)} files could not be read (see above); the others are done.")
+    if bare:
+        raise UserError(f"{len(bare)} DICOM files have no DICOM objects (see above); everything else is done.")
 
 
 def main() -> None:

@@ -43,12 +43,13 @@ class About:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    one_of: tuple[str | None, ...] = ()
+    one_of: tuple[str | bool | None, ...] = ()
 
     def refusal(self, value: Any) -> str | None:
         """What the value must be instead, or None if it may be what it is."""
         if self.one_of and value not in self.one_of:
-            return "one of " + ", ".join("null" if word is None else word for word in self.one_of)
+            words = ["null" if word is None else str(word).lower() for word in self.one_of]
+            return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         allowed = (
@@ -66,6 +67,16 @@ class About:
         words = {"{} or more": self.at_least, "more than {}": self.above}
         words |= {"at most {}": self.at_most, "less than {}": self.below}
         return " and ".join(text.format(bound) for text, bound in words.items() if bound is not None) or "finite"
+
+
+OPTIMIZER = {
+    "momentum": About(at_least=0, below=1),
+    "dampening": About(at_least=0, at_most=1),
+    "weight_decay": About(at_least=0, below=1),
+    "eps": About(above=0, below=1),
+    "maximize": About(one_of=(False, None)),
+}
+"""Ranges of what an optimiser takes, which torch does not know all of."""
 
 
 def setting(default: Any = MISSING, of: tuple[str, ...] | None = None, **about: Any) -> Any:
@@ -101,6 +112,7 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
     """
     schema = OmegaConf.get_type(cfg)
     known = {one.name: about(one) for one in fields(schema)} if is_dataclass(schema) else {}
+    schema_of = OPTIMIZER if prefix.endswith("optimizer.") else known
     names = list(map(str, cfg))
     if lost := [name for name in known if name not in names]:
         raise UserError(f"{prefix}{lost[0]} is needed and cannot be taken away")
@@ -113,7 +125,7 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
         value = cfg[name]
         if isinstance(value, DictConfig):
             check(value, f"{key}.")
-        elif wanted := known.get(name, About()).refusal(value):
+        elif wanted := schema_of.get(name, About()).refusal(value):
             raise UserError(f"{key} must be {wanted}, got {'null' if value is None else value}")
         elif name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
             raise UserError(

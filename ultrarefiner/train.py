@@ -57,6 +57,8 @@ def help_text() -> str:
 
 
 def _train(cfg: DictConfig) -> str:
+    names = " · ".join(str(cfg[group].name) for group in ("phase", "dataset", "model"))
+    print(f"{names} · fold {cfg.fold} · seed {cfg.seed}: loading", flush=True)  # what follows imports torch, and reads
     from ultrarefiner.runs.experiment import run
     from ultrarefiner.runs.launch import processes
 

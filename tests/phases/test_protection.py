@@ -184,7 +184,7 @@ def test_batch_statistics_are_held_when_asked():
 
 def test_all_parameter_groups_are_in_the_optimiser_from_the_start():
     """Known mistake 8: also those that are frozen in the first epochs."""
-    phase = e2e(small_cascade(), freeze_epochs=3)
+    phase = e2e(small_cascade(), freeze_epochs=1)
     groups = {group["name"]: group["params"] for group in phase.groups()}
     assert len(groups["coarse"]) == len(list(phase.cascade.coarse.parameters()))
     assert len(groups["sam"]) == 2
@@ -196,6 +196,9 @@ def test_settings_that_protect_nothing_are_refused():
         compose("protection.grad_scale=-1")
     with pytest.raises(ValueError, match="nothing would move"):
         e2e(small_cascade(), freeze_epochs=1, sam_freeze_epochs=1)
+    for key in ("freeze_epochs", "sam_freeze_epochs"):
+        with pytest.raises(ValueError, match=f"protection.{key}=2 is all of phase.epochs=2"):
+            e2e(small_cascade(), **{key: 2})
 
 
 class FakeTrainer(pl.Trainer):

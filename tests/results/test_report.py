@@ -5,13 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
-from hydra.core.global_hydra import GlobalHydra
 from scipy import stats
 
 from made_runs import HOSTILE, masks, patients, write_evaluation, write_run
@@ -65,23 +65,9 @@ def three(runs, tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command inside this process: (status, stdout, stderr)."""
-
-    def run(*arguments: str):
-        monkeypatch.setattr(sys, "argv", ["ultrarefiner-report", *arguments])
-        capsys.readouterr()
-        status, message = 0, ""
-        try:
-            command.main()
-        except SystemExit as end:
-            status, message = (end.code, "") if isinstance(end.code, int) else (1, str(end.code))
-        finally:
-            GlobalHydra.instance().clear()
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err + message
-
-    return run
+def call(execute):
+    """Run the command inside this process."""
+    return partial(execute, command.main)
 
 
 def test_settings_over_folds(written):

@@ -204,6 +204,9 @@ def test_summary_of_a_run(tmp_path, capsys):
             "refined - coarse": {"mean": -0.0123, "low": -0.02, "high": 0, "p": 0.034, "worse": 0.25, "better": 0}
         },
         "seen": {"test_cases": 3, "first": "[/red]"},
+        "val": {},
+        "last_step": 4,
+        "normal": {"cases": 2, "clean": {"coarse": 1, "refined": 2}},
         "data": {"test": {"cases": 7}},
         "config": {"dataset": {"limit": {"test": 7}}},
     }
@@ -213,6 +216,9 @@ def test_summary_of_a_run(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "exists already" in shown and "e2e · [/red] · fold 0: 7 test cases (dataset.limit.test=7)" in shown
     assert re.search(r"coarse \(Phase 1\) +0\.8123 +0\.7000 +12\.3[45] +3\.00\n", shown)
+    assert (
+        "2 of them are normal images, which no number above counts: coarse mask empty in 1, refined mask empty" in shown
+    )
     assert "seen 3 of the test cases before, such as [/red]." in shown
     assert re.search(r"refined - coarse +-0\.0123 \[-0\.0200, \+0\.0000\] +0\.034 +25% +0%\n", shown)
     assert "\nrefined  " not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown

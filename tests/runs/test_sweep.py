@@ -15,6 +15,7 @@ import pytest
 
 from conftest import MICRO
 from ultrarefiner.results import statistics
+from ultrarefiner.runs import sweep
 
 SHORT = [*MICRO, "model.schedule.coarse.epochs=1", "model.schedule.e2e.epochs=1"]
 
@@ -85,6 +86,32 @@ def test_a_mistake_in_every_job_is_found_before_the_first_begins(command, tmp_pa
     done = command("-m", *MICRO, f"output_root={tmp_path}/out", "protection=none,nothing")
     assert done.status == 1 and len(done.err.strip().splitlines()) == 1 and "protection=nothing" in done.err
     assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_a_job_whose_cases_are_gone_is_measured_again_and_counted(command, root):
+    (cases,) = root.glob("phantom/tiny/coarse/*/cases.csv")
+    cases.write_text('id,"pati')
+    done = command("-m", *MICRO, f"output_root={root}", "phase=coarse", "fold=0")
+    assert done.status == 0 and "1 jobs, 1 finished, 0 failed" in done.out, done.err
+    assert table(root, "settings.csv")[0]["cases"] == str(len(cases.read_text().splitlines()) - 1)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "cases.csv"])
+@pytest.mark.parametrize("content", [None, "", "null", 'id,"pati'])
+def test_a_result_that_is_damaged_when_it_is_summed_up_is_a_failed_job(root, name, content):
+    (damaged,) = root.glob(f"phantom/tiny/coarse/*/{name}")
+    damaged.unlink() if content is None else damaged.write_text(content)
+    job = sweep.Job.of(["fold=0"], str(damaged.parent))
+    assert (
+        isinstance(job.outcome, sweep.Failure) and str(damaged) in job.outcome.reason and "again" in job.outcome.reason
+    )
+
+
+def test_a_sweep_whose_summary_fails_does_not_end_well(command, root, monkeypatch):
+    """Hydra logs what a callback raises, and ends with status 0."""
+    monkeypatch.setattr(sweep, "summarise", lambda _: 1 / 0)
+    done = command("-m", *MICRO, f"output_root={root}", "phase=coarse", "fold=0")
+    assert done.status == 1 and "error: the jobs are done, their summary is not: ZeroDivisionError" in done.err
 
 
 def test_settings_are_what_differs_beside_fold_and_seed(command, root):

@@ -4,7 +4,7 @@ What is drawn is a *change*, described in normalised coordinates (0 and 1 are th
 values. It is then applied to the sample's images at 224 and 512 px alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import cv2
@@ -101,6 +101,12 @@ class Augment:
     speckle_probability: float = 0.3
     attenuation: float = 0.2
     attenuation_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for one in fields(Augment):
+            most, value = 180 if one.name == "rotate_deg" else 1, getattr(self, one.name)
+            if not 0 <= value <= most:
+                raise ValueError(f"{one.name} must be between 0 and {most}, got {value}")
 
     def draw(self, rng: np.random.Generator, mask: Bool[np.ndarray, "S S"]) -> Change:
         """A change for a sample with this mask; one that keeps at least half of the lesion in the frame."""

@@ -139,6 +139,12 @@ def open_cache(
             missing = [size for size in dict.fromkeys(sizes) if not _intact(folder, *_frames(folder, size))]
             if index is None or missing or not _intact(folder, NATIVE, _native_file(folder)):
                 index = _build(reader, cases, mark, missing, folder, progress)
+                if fingerprint(reader, cases) != mark:
+                    for voucher in folder.glob("*.json"):
+                        voucher.unlink()
+                    raise UserError(
+                        f"files of {reader.name} changed while they were read: start again once all are there"
+                    )
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "choose another output_root"
         raise UserError(f"the cache in {folder} cannot be written ({error.strerror or error}): {hint}.") from error

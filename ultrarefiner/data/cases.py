@@ -41,7 +41,7 @@ class Case:
     @property
     def files(self) -> tuple[Path, ...]:
         """The image and its masks."""
-        return (() if self.image is None else (self.image,)) + self.masks
+        return (() if self.image is None else (self.image,)) + tuple(self.masks)
 
 
 @dataclass(frozen=True)

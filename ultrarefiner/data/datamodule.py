@@ -167,11 +167,12 @@ class DataModule(pl.LightningDataModule):
         return (*self.reader.left_out, *faulty, *self.split.left_out)
 
     def describe(self) -> dict[str, Any]:
-        """Counts of cases, patients and classes of each part, and what was left out."""
+        """Counts of cases, of the patients that are named, and of classes of each part; and what was left out."""
         parts = {
             part: {
                 "cases": len(self.split.part(part)),
-                "patients": len({(case.dataset, case.patient or case.id) for case in self.split.part(part)}),
+                "patients": len({(case.dataset, case.patient) for case in self.split.part(part) if case.patient}),
+                "without_patient": sum(not case.patient for case in self.split.part(part)),
                 "classes": _count(case.label or "unknown" for case in self.split.part(part)),
             }
             for part in (*PARTS, *([HELD] if self.split.held else []))

@@ -3,7 +3,7 @@
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ultrarefiner.data.cases import Exclusion
@@ -144,13 +144,18 @@ def read_table(path: Path, columns: Iterable[str], key: str) -> dict[str, dict[s
         raise UserError(f"{path} is not UTF-8 text: save it as CSV in UTF-8.") from error
     header = text.splitlines()[0] if text.strip() else ""
     lines = csv.DictReader(text.splitlines(), delimiter=";" if header.count(";") > header.count(",") else ",")
-    there = [name.strip() for name in lines.fieldnames or ()]
+    try:
+        there = [name.strip() for name in lines.fieldnames or ()]
+    except csv.Error as error:
+        raise UserError(f"{path} has no header that CSV allows ({error}): correct the file.") from error
     missing = [name for name in columns if name not in there]
     if missing:
         raise UserError(f"{path} has no column {_and(missing)} (it has {_and(there) or 'none'}): restore or name it.")
     lines.fieldnames = there
+    if twice := [name for name in dict.fromkeys(there) if name and there.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]} more than once: remove or rename one of them.")
     rows: dict[str, dict[str, str]] = {}
-    for row in lines:
+    for row in _read(lines, path):
         if None in row or None in row.values():
             raise UserError(f"{path}, line {lines.line_num}, has not as many values as columns: correct the line.")
         name = row[key].strip()
@@ -160,6 +165,13 @@ def read_table(path: Path, columns: Iterable[str], key: str) -> dict[str, dict[s
     if not rows:
         raise UserError(f"{path} has no rows: restore the file.")
     return rows
+
+
+def _read(lines: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
+    try:
+        yield from lines
+    except csv.Error as error:
+        raise UserError(f"{path}, after line {lines.line_num}, is no CSV ({error}): correct the file.") from error
 
 
 def check_name(path: Path) -> None:

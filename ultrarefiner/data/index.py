@@ -97,6 +97,12 @@ def read_entry(reader: Reader, case: Case) -> tuple[Entry, np.ndarray, np.ndarra
         UserError: as `Reader.read`.
     """
     image, mask = reader.read(case)
+    wanted = image.ndim == 2 and image.dtype == np.uint8 and mask.shape == image.shape and mask.dtype == bool
+    if not wanted:
+        raise UserError(
+            f"read() of {type(reader).__name__} must give an image (H, W) of uint8 and a mask (H, W) of bool, got "
+            f"{image.shape} of {image.dtype} and {mask.shape} of {mask.dtype} for {case.id}"
+        )
     hashes = [sha256(path) for path in case.files]
     own = hashes[0] if case.image is not None else hashlib.sha256(image.tobytes()).hexdigest()
     masks = tuple(hashes[1:] if case.image is not None else hashes)

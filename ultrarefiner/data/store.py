@@ -8,6 +8,7 @@ from ultrarefiner.data.cache import Frames, NativeMasks, cache_folder, open_cach
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.index import Index, fingerprint
 from ultrarefiner.data.readers import Reader
+from ultrarefiner.errors import UserError
 
 
 class Store:
@@ -24,8 +25,20 @@ class Store:
 
     @cached_property
     def cases(self) -> list[Case]:
-        """All cases, in the reader's order."""
-        return self.reader.cases()
+        """All cases, in the reader's order.
+
+        Raises:
+            UserError: the reader, perhaps a class of the user's own, does not give what `Reader` promises.
+        """
+        kind, name = type(self.reader).__name__, getattr(self.reader, "name", None)
+        if not isinstance(self.reader, Reader) or not isinstance(name, str) or not name:
+            raise UserError(f'dataset.reader: {kind} must be a subclass of data.readers.Reader with a name = "…"')
+        cases = list(self.reader.cases())
+        for case in cases:
+            paths = isinstance(case, Case) and isinstance(case.masks, list | tuple)
+            if not paths or not all(isinstance(path, Path) for path in case.files):
+                raise UserError(f"dataset.reader: cases() of {kind} must give Case with paths, got {case!r}")
+        return cases
 
     @cached_property
     def fingerprint(self) -> str:

@@ -84,6 +84,8 @@ def add_lora(
             layer = getattr(attentions[index], target)
             if isinstance(layer, LoraLinear):
                 raise UserError(f"block {index} of {sam.family} has LoRA on {target} already.")
+            if rank > (most := min(layer.in_features, layer.out_features)):
+                raise UserError(f"lora rank={rank} is more than the {most} that {target} of {sam.family} has.")
             adapted = LoraLinear(layer, rank, alpha)
             setattr(attentions[index], target, adapted)
             added += [adapted.lora_down, adapted.lora_up]

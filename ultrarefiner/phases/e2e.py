@@ -64,12 +64,18 @@ class E2EPhase(Phase):
                 f"protection.freeze_epochs holds the coarse network and {holder} all of SAM: nothing would move in "
                 "the first epoch; set one of them to 0"
             )
+        for key, instead in (("freeze_epochs", "coarse_lr"), ("sam_freeze_epochs", "sam_lr")):
+            if (frozen := getattr(protection, key)) >= epochs:
+                raise ValueError(
+                    f"protection.{key}={frozen} is all of phase.epochs={epochs}: give less, or phase.{instead}=0 if "
+                    "this network is to stay as it is"
+                )
         if 2 * protection.freeze_epochs > epochs:
             log.warning(
                 "protection.freeze_epochs=%d leaves the coarse network %d of %d epochs to move in; Phase 3 is there to "
                 "move it",
                 protection.freeze_epochs,
-                max(epochs - protection.freeze_epochs, 0),
+                epochs - protection.freeze_epochs,
                 epochs,
             )
         self.baseline: float | None = None

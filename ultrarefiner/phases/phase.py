@@ -10,9 +10,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
+from ultrarefiner.phases import losses
 from ultrarefiner.ranks import gather
 from ultrarefiner.results import metrics
 from ultrarefiner.settings import PARTS
@@ -217,18 +219,27 @@ class Phase(pl.LightningModule):
         self._rows = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Dice and IoU of each case at its native size."""
+        """Dice and IoU of each case at its native size, where there is a lesion; and the loss of the judged mask.
+
+        That is ½ cross-entropy + ½ Dice loss, Phase 1's loss by default and comparable between phases.
+        """
         masks = self.masks(batch)
+        target = batch["mask" if self.frame and self.judged_by == "refined" else "coarse_mask"]
+        judged = F.interpolate(masks[self.judged_by].float(), target.shape[-2:], mode="bilinear", align_corners=False)
+        cross_entropy = losses.pixel_bce(judged, target).mean((1, 2, 3))
         for i, truth in enumerate(batch["native_mask"]):
-            row: dict[str, float] = {}
+            dice = losses.soft_dice_loss(judged[i : i + 1].sigmoid(), target[i : i + 1])
+            row = {"loss": float(cross_entropy[i] + dice) / 2}
             for which, logits in masks.items():
-                scores = metrics.overlap(metrics.native_mask(logits[i], truth.shape), truth)
+                found = metrics.native_mask(logits[i], truth.shape)
+                scores = metrics.overlap(found, truth) if truth.any() else {"dice": math.nan, "iou": math.nan}
                 row |= {f"{which}_{name}": value for name, value in scores.items()}
             self._rows.append(row)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the cases, each counted once."""
         rows = gather(self._rows)
+        self.log("val/loss", math.fsum(row["loss"] for row in rows) / max(len(rows), 1), sync_dist=True)
         for which in ("coarse", "refined"):
             for name, value in metrics.mean_scores(rows, which).items():
                 self.log(f"val/{which}/{name}", value, sync_dist=True)

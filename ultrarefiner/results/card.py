@@ -48,7 +48,7 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
     name, dataset = f"{config['model']['name']} ({config['phase']['name']})", data["dataset"]
     rows = [{"mask": mask, **scores} for mask, scores in _masks(summary).items()]
     parts = [
-        {"part": part, "images": data[part]["cases"], "patients": data[part]["patients"]}
+        {"part": part, "images": data[part]["cases"], "patients": data[part]["patients"] or "not named"}
         | {"classes": ", ".join(f"{count} {label}" for label, count in data[part]["classes"].items())}
         for part in PARTS
     ]

@@ -1,5 +1,6 @@
 """Every case of a part, measured at its native size."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,8 +27,11 @@ def native_masks(predict: Predict, batch: dict[str, Any]) -> list[dict[str, Bool
 
 
 def evaluate(predict: Predict, loader: Iterable[dict[str, Any]]) -> Rows:
-    """One row for each case, in order: its index, the area of its lesion ("lesion_px", 0 in a normal image), and every
-    metric of every mask, such as "refined_hd95" (image px).
+    """One row for each case, in order.
+
+    Its index, the area of its lesion ("lesion_px", 0 in a normal image), and of every mask its area, such as
+    "refined_px", and every metric, such as "refined_hd95" (image px). In a normal image these are NaN, which no mean
+    counts: an empty mask would be a Dice of 1 there.
 
     Args:
         predict: see `Predict`.
@@ -39,8 +43,11 @@ def evaluate(predict: Predict, loader: Iterable[dict[str, Any]]) -> Rows:
             row: dict[str, Any] = {"index": int(index), "lesion_px": int(masks["truth"].sum())}
             for which in MASKS:
                 if which in masks:
-                    scores = metrics.overlap(masks[which], masks["truth"])
-                    scores |= metrics.surface(masks[which], masks["truth"])
+                    scores = dict.fromkeys(metrics.METRICS, math.nan)
+                    if row["lesion_px"]:
+                        scores = metrics.overlap(masks[which], masks["truth"])
+                        scores |= metrics.surface(masks[which], masks["truth"])
+                    row[f"{which}_px"] = int(masks[which].sum())
                     row |= {f"{which}_{name}": value for name, value in scores.items()}
             rows.append(row)
     return sorted(gather(rows), key=lambda row: row["index"])

@@ -29,7 +29,8 @@ class Found:
         directory: where it lies.
         config: its configuration.
         summary: what is in its summary.json; nothing while it is not finished.
-        status: "finished", "running", "interrupted" (nobody works there), or "damaged" with the reason behind it.
+        status: "finished", "running", "paused", "interrupted", "killed" (it could not say why it ended), or "failed"
+            and "damaged" with the reason behind it.
         epochs: how many are done.
         best: the highest validation Dice so far, of the mask that the phase is judged by; NaN where there is none.
         setting: what it is called beside its fold and seed, see `name_settings`.
@@ -53,11 +54,14 @@ class Found:
             found.config = {str(name): value for name, value in config.items()}
             found._read_metrics()
             if (directory / "summary.json").is_file():
-                found.summary = read_json(directory / "summary.json")
+                found.summary = read_json(directory / "summary.json", ("epochs", "test", "data"))
                 found.status = "finished"
                 found.epochs = int(found.summary["epochs"])
             elif _locked(directory):
                 found.status = "running"
+            elif (directory / "run.json").is_file():
+                ended = read_json(directory / "run.json", ["ended"])["ended"] or "killed"
+                found.status = "interrupted" if ended == "finished" else str(ended)
             found.base  # noqa: B018  # a configuration that does not even name its phase is none
         except (UserError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             found.status = f"damaged: {error}"

@@ -25,7 +25,7 @@ TABLE, LESIONS, SETTINGS = "predictions.csv", "lesions.csv", "settings.json"
 EXTRAS = ("probabilities", "overlays")
 SAVING = 0.05
 """The most of the time that writing tables may take; what was done since the last time is done again after a kill."""
-_PARTIAL = re.compile(r"\..+\.(png|csv|json)-\w{8}")  # of `files.replacing`
+_PARTIAL = re.compile(r"\..+\.(png|csv|json|dcm)-\w{8}")  # of `files.replacing`
 
 Rows = list[dict[str, Any]]
 Segment = Callable[[list[Any], list[Any] | None], list[Segmentation]]

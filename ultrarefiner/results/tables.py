@@ -21,6 +21,9 @@ FILES = (
     ("checkpoints", "best and last weights"),
 )
 
+NEEDED = ("title", "config", "data", "baseline", "val", "test", "differences", "seen", "last_step")
+"""What the summary of a run must hold."""
+
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -118,16 +121,24 @@ def one_line(text: str, longest: int | None = None) -> str:
 
 def beginning(title: str, data: dict[str, Any], directory: Path) -> None:
     """Say what is about to be trained, on what, and where it goes."""
-    parts = ", ".join(f"{part} {data[part]['cases']} ({data[part]['patients']} patients)" for part in PARTS)
+    parts = ", ".join(f"{part} {data[part]['cases']} ({patients(data[part])})" for part in PARTS)
     print(f"{title}\n  {parts}\n  {directory}/")
     if data["left_out"]:
         first = data["left_out"][0]
         print(f"  {len(data['left_out'])} left out, the first: {first}")
 
 
+def patients(part: Mapping[str, Any]) -> str:
+    """How many patients the cases of a part are of, as far as they are named."""
+    unnamed = part.get("without_patient", 0)
+    if not part["patients"]:
+        return "patients not named"
+    return f"{part['patients']} patients" + (f", {unnamed} cases without" if unnamed else "")
+
+
 def summary(directory: Path, finished_before: bool) -> None:
     """Print the table of a run (baseline, coarse, refined on the test cases) and where everything lies."""
-    content: dict[str, Any] = read_json(directory / "summary.json")
+    content: dict[str, Any] = read_json(directory / "summary.json", NEEDED)
     cases, limit = content["data"]["test"]["cases"], content["config"]["dataset"]["limit"]["test"]
     if finished_before:
         print("This result exists already; nothing was trained. Another seed or setting gets its own directory.")
@@ -138,6 +149,9 @@ def summary(directory: Path, finished_before: bool) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     title = f"{content['title']}: {cases} test cases{subset}"
     print(terminal(rows, (Column("mask", "mask"), *COLUMNS), title, width))
+    if normal := content.get("normal"):
+        clean = ", ".join(f"{mask} mask empty in {count}" for mask, count in normal["clean"].items())
+        print(f"{normal['cases']} of them are normal images, which no number above counts: {clean}")
     if content["differences"]:
         print(terminal(map(difference, *zip(*content["differences"].items(), strict=True)), width=width))
     if content["seen"]:

@@ -1,18 +1,20 @@
 """From the configuration to objects: data, networks, phases."""
 
+import contextlib
 import inspect
 import logging
 import re
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
@@ -28,6 +30,7 @@ from ultrarefiner.models.weights import load_strictly, read_state_dict
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
+from ultrarefiner.runs.provenance import targets
 from ultrarefiner.settings import BRIDGE, COARSE, SAM
 
 
@@ -74,6 +77,28 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{''.join(theirs[-1:])}"
 
 
+def own_targets(cfg: DictConfig) -> list[str]:
+    """The classes in a configuration that are not ours."""
+    return sorted(name for name in targets(plain(cfg)) if not name.startswith(("ultrarefiner.", "torch.optim.")))
+
+
+@contextlib.contextmanager
+def blaming(cfg: DictConfig, what: str) -> Iterator[None]:
+    """Turn what the code of others raises inside the block into one sentence, where there is such code.
+
+    Raises:
+        UserError: with what it is that fails, and the line.
+    """
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        if not (own := own_targets(cfg)):
+            raise
+        raise UserError(f"{what}: {told(error)}; look at {', '.join(own)}") from error
+
+
 _MACHINERY = re.compile(r"^<|[\\/](hydra|importlib|torch)[\\/]")
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs is in the errors that it raises
 
@@ -101,6 +126,10 @@ def build_option(cfg: DictConfig, group: str, *args: Any, **kwargs: Any) -> Any:
 
 def build_store(cfg: DictConfig) -> Store:
     """The data set, for all runs of a command."""
+    if cfg.dataset.members and "members" not in cfg.dataset.reader:
+        raise UserError(
+            f"dataset.members={list(cfg.dataset.members)} is for dataset=combined; choose that, or leave it"
+        )
     return Store(build(cfg.dataset.reader, "dataset.reader"), Path(cfg.output_root).expanduser() / "cache")
 
 
@@ -192,6 +221,9 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
 def build_optimizer(cfg: DictConfig) -> Any:
     """Parameter groups → optimiser; arguments that are null are not given."""
     given = {key: value for key, value in plain(cfg.phase.optimizer).items() if value is not None}
+    if "lr" in given:
+        rates = ", ".join(f"phase.{key}" for key in cfg.phase if key == "lr" or key.endswith("_lr"))
+        raise UserError(f"phase.optimizer.lr would not be used; the learning rates are {rates}")
     return build({**given, "_partial_": True}, "phase.optimizer")
 
 

@@ -12,13 +12,18 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from ultrarefiner.errors import UserError
 from ultrarefiner.ranks import agreed
 from ultrarefiner.results import tables
 from ultrarefiner.runs import start
+from ultrarefiner.runs.build import blaming
+from ultrarefiner.runs.checkpoints import resume_point
 from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import Run, plan, unfinished
 from ultrarefiner.runs.provenance import lock
 from ultrarefiner.runs.training import check, train
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> Path:
@@ -36,14 +41,22 @@ def run(cfg: DictConfig) -> Path:
     """
     _quiet()
     deadline = Deadline(cfg.trainer.budget_minutes)
-    runs = plan(cfg)
+    with blaming(cfg, "the plan fails"):
+        runs = plan(cfg)
     target = runs[-1]
     if agreed(target.finished):
         tables.summary(target.directory, finished_before=True)
         return target.directory
+    for each in unfinished(runs):
+        if damage := each.damage:
+            what = damage.partition(";")[0]
+            if not resume_point(each.directory / "checkpoints"):
+                raise UserError(f"{what}, and no checkpoint to measure it again is there; delete {each.directory}")
+            log.warning("%s; this run is measured again", what)
     # All that can be wrong is found out here, before hours go into earlier phases.
-    for each in runs:
-        each.data.prepare_data()
+    with blaming(cfg, "reading the cases fails"):
+        for each in runs:
+            each.data.prepare_data()
     begun = start.prepare(target)
     check(target, begun.phase)
     with lock(target.directory, wait=False):

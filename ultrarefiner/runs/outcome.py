@@ -1,6 +1,7 @@
 """What a run leaves behind beside its checkpoints: networks to use elsewhere, tables, pictures and a summary."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from pytorch_lightning.loggers import Logger
 
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.seen import Seen
+from ultrarefiner.errors import UserError
 from ultrarefiner.files import save, write_csv, write_json
 from ultrarefiner.models.lora import merge_lora
 from ultrarefiner.models.weights import SAFETENSORS, write_state_dict
@@ -22,6 +24,8 @@ from ultrarefiner.runs import checkpoints, provenance, tracking
 from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.plan import Run
 from ultrarefiner.runs.start import GATE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,9 @@ class Outcome:
         for logger in loggers:
             logger.log_metrics(_flat_scores(self.summary), step)
 
-    def finish(self) -> None:
+    def finish(self, history: dict[str, Any]) -> None:
         """Write the summary, the last of all: a directory with a summary is a finished run."""
-        write_json(self.run.directory / "summary.json", self.summary)
+        write_json(self.run.directory / "summary.json", self.summary | {"run": history})
 
     @cached_property
     def cases(self) -> list[dict[str, Any]]:
@@ -74,6 +78,7 @@ class Outcome:
             "title": self.run.title,
             "baseline": {part: _scores(rows) for part, rows in self.baseline.items()} or None,
             **{part: _scores(rows) for part, rows in self.results.items()},
+            "normal": _normal(self.results["test"]),
             "differences": _differences(self.cases),
             "best_epoch": self.best_epoch,
             "epochs": self.epochs,
@@ -103,16 +108,20 @@ class Outcome:
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}
-        chosen = self._chosen(rows)
         test = data.dataset("test", native=True)
-        sheet = []
-        for index, _ in chosen:
+        sheet, labels = [], []
+        for index, label in self._chosen(rows):
             masks = native_masks(phase.predict, collate([test[index]]))[0]
             case = data.split.test[index]
-            image, _ = data.reader.read(case)
+            try:
+                image, _ = data.reader.read(case)
+            except UserError as error:  # all else is in the cache, and hours of training are not lost for a picture
+                log.warning("%s is not among the overlays: %s", case.id, error)
+                continue
             caption = "  ".join(f"{w} {scores[index][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
+            labels.append(label)
             sheet.append((case.id, image, masks["truth"], masks.get("coarse"), masks.get("refined"), f"Dice {caption}"))
-        pictures.overlay_sheet(sheet, drawn["overlays"], [label for _, label in chosen])
+        pictures.overlay_sheet(sheet, drawn["overlays"], labels)
         return drawn
 
     def _chosen(self, rows: Rows) -> list[tuple[int, str]]:
@@ -175,6 +184,15 @@ def _differences(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _scores(rows: Rows) -> dict[str, dict[str, float]]:
     """mask → metric → mean over the cases."""
     return {which: scores for which in MASKS if (scores := mean_scores(rows, which))}
+
+
+def _normal(rows: Rows) -> dict[str, Any] | None:
+    """How many test images show no lesion, and in how many of them each mask is empty as well; None if all show one."""
+    normal = [row for row in rows if not row["lesion_px"]]
+    if not normal:
+        return None
+    clean = {which: sum(not row[f"{which}_px"] for row in normal) for which in MASKS if f"{which}_px" in rows[0]}
+    return {"cases": len(normal), "clean": clean}
 
 
 def _flat_scores(summary: dict[str, Any]) -> dict[str, float]:

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ultrarefiner.config import Config
+from ultrarefiner.config import Config, PhaseConfig
 from ultrarefiner.data.cases import HELD, PARTS
 from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import read_csv, read_json
 from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.results.tables import NEEDED
 from ultrarefiner.runs.build import build_data, build_store, find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
-from ultrarefiner.runs.provenance import run_directory
+from ultrarefiner.runs.provenance import run_directory, sources
 from ultrarefiner.settings import COARSE, SAM, defining
 
 FIT, AUTO = "fit", "auto"
@@ -55,8 +57,20 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
-        return (self.directory / "summary.json").is_file()
+        """Whether its result is there and whole; what is damaged is measured again."""
+        return self.damage is None and (self.directory / "summary.json").is_file()
+
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with its result, if it has one."""
+        if not (self.directory / "summary.json").is_file():
+            return None
+        try:
+            read_json(self.directory / "summary.json", NEEDED)
+            read_csv(self.directory / "cases.csv")
+        except UserError as error:
+            return str(error)
+        return None
 
     @property
     def title(self) -> str:
@@ -119,6 +133,11 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     kind: type[Phase] = find(cfg.phase._target_, "phase")
     if not (isinstance(kind, type) and issubclass(kind, Phase)):
         raise UserError(f"phase._target_={cfg.phase._target_} is no phase: give a subclass of phases.phase.Phase")
+    ours = {schema._target_: schema.name for schema in PhaseConfig.__subclasses__()}
+    if ours.get(cfg.phase._target_, cfg.phase.name) != cfg.phase.name:
+        raise UserError(
+            f"phase.name={cfg.phase.name} is not what {cfg.phase._target_} is called; choose it with phase=NAME"
+        )
     predicted = _wants_predictions(cfg.phase)
     parts = kind.parts | ({COARSE} if predicted else set())
     if COARSE in parts and cfg.model.coarse is None:
@@ -130,6 +149,8 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     _fetch(cfg, parts)
     data = build_data(cfg, kind, store)
     settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
+    if code := sources(settings):
+        settings["code"] = code
     directory = run_directory(cfg, settings)
     if directory not in found:
         earlier = {name: _add(earlier_phase(cfg, name), store, found) for name in _starts(cfg.phase)}

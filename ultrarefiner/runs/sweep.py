@@ -4,7 +4,6 @@
 not imported here, except to write the summary to Weights & Biases.
 """
 
-import json
 import shutil
 import sys
 import traceback
@@ -22,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import read_csv, write_csv
+from ultrarefiner.files import read_csv, read_json, write_csv
 from ultrarefiner.results import statistics, tables
+from ultrarefiner.results.tables import NEEDED
 from ultrarefiner.runs import jobs
 
 OVER_RUNS = ("fold", "seed")
@@ -50,13 +50,14 @@ class Job:
         overrides: of the command line, by key.
         outcome: its run directory, or why there is none.
         setting: what tells it from other jobs, without fold and seed.
-        summary: what is in its summary.json; nothing if it failed.
+        summary, cases: what is in its summary.json and cases.csv; nothing if it failed.
     """
 
     overrides: dict[str, str]
     outcome: Path | Failure
     setting: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+    cases: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, overrides: Sequence[str], outcome: Any) -> "Job":
@@ -65,7 +66,11 @@ class Job:
         if isinstance(outcome, Failure):
             return cls(given, outcome)
         directory = Path(outcome)
-        return cls(given, directory, summary=json.loads((directory / "summary.json").read_text(encoding="utf-8")))
+        try:
+            summary, cases = read_json(directory / "summary.json", NEEDED), read_csv(directory / "cases.csv")
+        except UserError as error:
+            return cls(given, Failure(f"{error}; the same command measures this run again"))
+        return cls(given, directory, summary=summary, cases=cases)
 
     def scores(self, part: str) -> dict[str, dict[str, float]]:
         """mask -> metric -> mean over the cases of "val" or "test"."""
@@ -105,8 +110,16 @@ class Sweep(Callback):
         """Write and print the summary.
 
         Raises:
-            SystemExit: jobs failed; one sentence for each.
+            SystemExit: jobs failed, one sentence for each; or there is no summary, which Hydra would only log.
         """
+        try:
+            self._sum_up(config)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            sys.exit(f"error: the jobs are done, their summary is not: {_reason(error)}; the same command tries again")
+
+    def _sum_up(self, config: DictConfig) -> None:
         folder = Path(config.hydra.sweep.dir)
         name_settings(self.jobs, f"{config.phase.name} · {config.dataset.name} · {config.model.name}")
         rows = [row_of(number, job, config) for number, job in enumerate(self.jobs)]
@@ -178,7 +191,7 @@ def summarise(found: Sequence[Job]) -> list[Row]:
             settings.setdefault(job.setting, {})[job.outcome] = job  # the same run twice counts once
     rows = []
     for setting, runs in settings.items():
-        measured = [read_csv(directory / "cases.csv") for directory in runs]
+        measured = [job.cases for job in runs.values()]
         for mask in MASKS:
             for metric in METRICS:
                 over = statistics.over_runs(measured, f"{mask}_{metric}")
@@ -189,10 +202,15 @@ def summarise(found: Sequence[Job]) -> list[Row]:
 
 def _explain(error: BaseException) -> Failure:
     """Why a job failed, as one line; a bug leaves its stack trace where the job runs."""
+    if not isinstance(error, UserError | OmegaConfBaseException):
+        traceback.print_exception(error)
+    return Failure(_reason(error))
+
+
+def _reason(error: BaseException) -> str:
     if isinstance(error, UserError | OmegaConfBaseException):
-        return Failure(cli.explain(error))
-    traceback.print_exception(error)
-    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return cli.explain(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _print(title: str, settings: list[Row], folder: Path) -> None:

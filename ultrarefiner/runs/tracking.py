@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
+from ultrarefiner import ranks
 from ultrarefiner.files import write_csv
 
 log = logging.getLogger(__name__)
+NEWS_SECONDS = 60.0
+"""How long a log file may say nothing."""
 
 
 class MetricsTable(Callback):
@@ -28,8 +31,8 @@ class MetricsTable(Callback):
     The rows belong to the checkpoint: a resumed run writes the same file as one that was never interrupted.
     """
 
-    def __init__(self, path: Path, title: str) -> None:
-        self.path, self.title = path, title
+    def __init__(self, path: Path, title: str, seen: bool = False) -> None:
+        self.path, self.title, self.news = path, title, News(seen)
         self.rows: list[dict[str, Any]] = []
         self._began = time.monotonic()
 
@@ -44,6 +47,14 @@ class MetricsTable(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""
         self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how far it is, where nobody sees a bar."""
+        if trainer.is_global_zero and self.news.due():
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{self.title}  {epoch}  step {batch_idx + 1}/{trainer.num_training_batches}", flush=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's row."""
@@ -61,9 +72,27 @@ class MetricsTable(Callback):
         if dice:
             parts.append("val Dice " + ", ".join(dice))
         seconds = time.monotonic() - self._began
-        print(
-            f"{self.title}  epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(parts)}  {seconds:.1f} s"
-        )
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        print(f"{self.title}  {epoch}  {'  '.join(parts)}  {seconds:.1f} s", flush=True)
+        self.news = News(self.news.seen)
+
+
+class News:
+    """When a log file, in which nobody sees a bar, is to hear again of what takes long.
+
+    Args:
+        seen: a bar is seen; then never.
+    """
+
+    def __init__(self, seen: bool) -> None:
+        self.seen, self._last = seen, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time for a line."""
+        if self.seen or time.monotonic() - self._last < NEWS_SECONDS:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 class ProgressBar(TQDMProgressBar):
@@ -83,23 +112,25 @@ def watched(bar: bool) -> bool:
 
 
 class Progress:
-    """A bar over the batches of an evaluation, where somebody is looking."""
+    """A bar over the batches of an evaluation, where somebody is looking; else a line now and then."""
 
     def __init__(self, watched: bool) -> None:
         self.watched = watched
 
-    def __call__(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
+    def __call__(self, batches: Iterable[Any], what: str) -> Iterator[Any]:
         """The same batches."""
-        bar: Iterable[Any] = tqdm(
-            batches, desc=f"measuring {what}", leave=False, disable=not self.watched, file=sys.stderr
-        )
-        return bar
+        off, news, done = not self.watched, News(self.watched or ranks.rank() > 0), 0
+        for batch in tqdm(batches, desc=f"measuring {what}", leave=False, disable=off, file=sys.stderr):
+            yield batch
+            done += len(batch["id"])
+            if news.due():
+                print(f"measuring {what}: {done} cases", flush=True)
 
 
 def callbacks(path: Path, title: str, bar: bool) -> list[Callback]:
     """The table, and a progress bar where somebody is looking."""
     shown: list[Callback] = [ProgressBar()] if watched(bar) else []
-    return [*shown, MetricsTable(path, title)]
+    return [*shown, MetricsTable(path, title, watched(bar))]
 
 
 def group(cfg: DictConfig) -> str:

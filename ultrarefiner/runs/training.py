@@ -1,6 +1,7 @@
 """One run: train a phase, measure it, leave the results behind."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,13 +16,13 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.folds import save_split
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import write_atomically
+from ultrarefiner.files import remove_parts, write_atomically
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import tables
 from ultrarefiner.results.evaluation import Rows, evaluate
 from ultrarefiner.results.metrics import mean_scores
-from ultrarefiner.runs import callbacks, checkpoints, ddp, outcome, start, tracking
-from ultrarefiner.runs.build import build, find, misfit, plain, told
+from ultrarefiner.runs import callbacks, checkpoints, ddp, history, outcome, start, tracking
+from ultrarefiner.runs.build import blaming, build, find, misfit, own_targets, plain
 from ultrarefiner.runs.interruption import Deadline, Interruption
 from ultrarefiner.runs.out_of_fold import add_predictions
 from ultrarefiner.runs.plan import Run
@@ -39,15 +40,25 @@ def train(run: Run, begun: start.Beginning, deadline: Deadline) -> None:
         UserError: training diverges, or something cannot be written.
         Paused: the time is up.
     """
+    with history.recorded(run) as said:
+        _train(run, begun, deadline, said)
+    tables.summary(run.directory, finished_before=False)
+
+
+def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[[str], dict[str, Any]]) -> None:
     cfg, phase, directory = run.cfg, begun.phase, run.directory
     first_step, seen = start.load_weights(run, begun)
     add_predictions(run)
     first = ranks.rank() == 0
     if first:
+        remove_parts(directory, directory / "checkpoints")
         write_atomically(directory / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         save_split(run.data.split, directory / "folds.csv")
     tables.beginning(run.title, run.data.describe(), directory)
     phase.carried = checkpoints.about(run.settings, plain(cfg), seen)
+    if first:
+        history.go_on_from_fewer_epochs(run, phase)
+    ranks.agreed(None)  # whose checkpoints all of them read
     loggers = _loggers(run, first_step) if first else []
     status = "failed"
     try:
@@ -73,9 +84,8 @@ def train(run: Run, begun: start.Beginning, deadline: Deadline) -> None:
     finally:
         tracking.close(loggers, status)
     if first:
-        left.finish()
+        left.finish(said("finished"))
     ranks.agreed(None)  # the first process has written the summary
-    tables.summary(directory, finished_before=False)
 
 
 def check(run: Run, phase: Phase) -> None:
@@ -101,27 +111,29 @@ def check(run: Run, phase: Phase) -> None:
         find(target, f"logger.{name}")
         if reason := misfit(node, (run.directory,), _about(run, 0)):
             raise UserError(f"logger.{name}: {target} says: {reason}")
-    own = {target for target in _targets(plain(run.cfg)) if not target.startswith(("ultrarefiner.", "torch.optim."))}
-    if not own:
-        return
-    data, training = run.data, phase.training
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            phase.eval()
-            phase.terms(collate([data.dataset("train", augment=data.augment)[0]]))["loss"].item()
-            phase.masks(collate([data.dataset("val", native=True)[0]]))
-    except UserError:
-        raise
-    except Exception as error:  # whatever the code of others raises
-        raise UserError(f"a first case fails: {told(error)}; look at {', '.join(sorted(own))}") from error
+    if own_targets(run.cfg):
+        with blaming(run.cfg, "a first case fails"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _try(run.data, phase)
+
+
+def _try(data: DataModule, phase: Phase) -> None:
+    """What a class of the user's own gives for one case must be what docs/contracts.md says."""
+    training = phase.training
+    phase.eval()
+    batch = collate([data.dataset("val", native=True)[0]])
+    if phase.cascade.refiner is not None:
+        roi = phase.cascade.refiner.roi
+        boxes = roi.boxes(batch["coarse_mask"], batch["aspect"])  # type: ignore[operator]
+        inside = roi.keeps_aspect or bool(((boxes >= 0) & (boxes <= 1)).all())
+        if boxes.shape != (1, 4) or not inside or not (boxes[:, :2] < boxes[:, 2:]).all():
+            raise ValueError(f"boxes() of roi must be (x1, y1, x2, y2) in [0, 1], got {boxes.tolist()}")
+    loss = phase.terms(collate([data.dataset("train", augment=data.augment)[0]]))["loss"]
+    if loss.numel() != 1 or not loss.isfinite():
+        raise ValueError(f'terms()["loss"] must be one finite number, got {loss}')
+    for name, logits in phase.masks(batch).items():
+        if logits.ndim != 4 or logits.shape[:2] != (1, 1) or not logits.isfinite().all():
+            raise ValueError(f"the {name} mask must be finite logits (1, 1, height, width), got {tuple(logits.shape)}")
     phase.train(training)
-
-
-def _targets(node: Any) -> Iterator[str]:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key == "_target_" and isinstance(value, str):
-            yield value
-        yield from _targets(value)
 
 
 def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
@@ -146,8 +158,18 @@ def _fit(trainer: pl.Trainer, phase: Phase, run: Run) -> None:
         trainer.fit(phase, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except SystemExit:  # Lightning's way to end when the user interrupts
         raise KeyboardInterrupt from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise UserError(
+            f"the memory may not suffice ({' '.join(str(error).split())[:200]}): lower phase.batch_size, "
+            "trainer.num_workers or model.image_size; the same command continues, a changed one begins anew"
+        ) from error
     phase.load_state_dict(checkpoints.best(run.directory)["state_dict"])
     phase.to(trainer.strategy.root_device)
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|worker .* (killed by signal|exited unexpectedly)", re.I)
 
 
 def _trainer(
