@@ -94,7 +94,8 @@ class Page:
         return None, *self.redraw(now, (corner[0], corner[1], x, y), now.points, *view)
 
     def _problem(self, error: UserError) -> tuple[Any, ...]:
-        said = f'<p class="problem" role="alert">{escape(str(error))}</p>'
+        text = escape(str(error)).translate({ord(sign): f"&#{ord(sign)};" for sign in "$`{"})  # gr.HTML is a template
+        said = f'<p class="problem" role="alert">{text}</p>'
         return (gr.skip(), gr.skip(), said, *[gr.skip()] * 3, *[gr.skip()] * 4)
 
     def _sides(self, now: Exploration) -> list[Any]:
