@@ -1,5 +1,6 @@
 """The page to look at single images: its functions against the Segmenter, and the page itself in a browser."""
 
+import itertools
 import re
 import shutil
 import socket
@@ -119,7 +120,6 @@ def test_points_are_told_and_the_region_holds_them(pointed, tmp_path, monkeypatc
     assert not pointed.refuses_points
     own = len(begun.told.points)
     calls = counted(pointed, monkeypatch)
-    points = ((3.0, 4.0, True), (88.0, 117.0, False))
     width, height = begun.found.mask.shape[1], begun.found.mask.shape[0]
     points = ((3.0, 4.0, True), (width - 3.0, height - 2.0, False))
     more = pointed.redraw(begun, None, points)
@@ -133,7 +133,7 @@ def test_points_are_told_and_the_region_holds_them(pointed, tmp_path, monkeypatc
 
 def test_a_higher_threshold_gives_a_smaller_mask(first):
     masks = [first.mask(threshold) for threshold in (0.05, 0.3, 0.5, 0.7, 0.95)]
-    assert all((larger >= smaller).all() for larger, smaller in zip(masks, masks[1:], strict=False))
+    assert all((larger >= smaller).all() for larger, smaller in itertools.pairwise(masks))
     assert masks[0].sum() > masks[-1].sum()
 
 

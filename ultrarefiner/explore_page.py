@@ -17,7 +17,8 @@ BOX, INSIDE, OUTSIDE = "a corner of the box", "a point in the lesion", "a point 
 SIDES = ("left", "top", "right", "bottom")
 STYLE = """
 .gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
-.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
+.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; vertical-align: top;
+  padding: .25rem .9rem .25rem 0; }
 .problem { border-left: .3rem solid #b34700; padding: .4rem .8rem; overflow-wrap: anywhere; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
@@ -93,7 +94,8 @@ class Page:
         return None, *self.redraw(now, (corner[0], corner[1], x, y), now.points, *view)
 
     def _problem(self, error: UserError) -> tuple[Any, ...]:
-        said = f'<p class="problem" role="alert">{escape(str(error))}</p>'
+        text = escape(str(error)).translate({ord(sign): f"&#{ord(sign)};" for sign in "$`{"})  # gr.HTML is a template
+        said = f'<p class="problem" role="alert">{text}</p>'
         return (gr.skip(), gr.skip(), said, *[gr.skip()] * 3, *[gr.skip()] * 4)
 
     def _sides(self, now: Exploration) -> list[Any]:
