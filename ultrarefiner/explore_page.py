@@ -90,7 +90,8 @@ class Page:
             return None, *self.redraw(now, now.box, (*now.points, (x, y, what == INSIDE)), *view)
         if corner is None:
             corner = (x, y, True)
-            return corner, now, *self.show(now, *view, corner), *self._sides(now)
+            threshold, layers, pixel = view
+            return corner, now, *self.show(now, threshold, layers, pixel, corner), *self._sides(now)
         return None, *self.redraw(now, (corner[0], corner[1], x, y), now.points, *view)
 
     def _problem(self, error: UserError) -> tuple[Any, ...]:
@@ -110,7 +111,8 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """The page."""
-        with gr.Blocks(title="UltraRefiner", analytics_enabled=False) as blocks:
+        blocks = gr.Blocks(title="UltraRefiner", analytics_enabled=False)
+        with blocks:
             now, corner = gr.State(), gr.State()
             gr.Markdown(INTRODUCTION)
             with gr.Row():

@@ -217,7 +217,7 @@ class _Writer:
         site = hd.sr.FindingSite(codes.SCT.Breast, side)
         image = (self.source.SOPClassUID, self.source.SOPInstanceUID)
         common = {"finding_type": codes.SCT.Lesion, "algorithm_id": algorithm, "finding_sites": [site]}
-        groups = []
+        groups: list[Any] = []
         for number, lesion in enumerate(found, 1):
             assert segmentation is not None
             source = hd.sr.SourceImageForSegmentation(*image, [lesion.frame] if self.clip else None)
@@ -235,12 +235,12 @@ class _Writer:
                 )
             )
         if without := sorted(set(range(1, self.frames + 1)) - {lesion.frame for lesion in found}):
-            source = hd.sr.SourceImageForMeasurementGroup(*image, without if self.clip else None)
+            absent = hd.sr.SourceImageForMeasurementGroup(*image, without if self.clip else None)
             groups.append(
                 hd.sr.MeasurementsAndQualitativeEvaluations(
                     hd.sr.TrackingIdentifier(self.uid("none"), "No lesion"),
                     qualitative_evaluations=[hd.sr.QualitativeEvaluation(codes.SCT.Lesion, codes.SCT.Absent)],
-                    source_images=[source],
+                    source_images=[absent],
                     **common,
                 )
             )
