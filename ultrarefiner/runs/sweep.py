@@ -68,6 +68,8 @@ class Job:
         directory = Path(outcome)
         try:
             summary, cases = read_json(directory / "summary.json", NEEDED), read_csv(directory / "cases.csv")
+            if not cases or "id" not in cases[0]:
+                raise UserError(f"{directory / 'cases.csv'} has no test cases")
         except UserError as error:
             return cls(given, Failure(f"{error}; the same command measures this run again"))
         return cls(given, directory, summary=summary, cases=cases)
