@@ -19,6 +19,12 @@ STYLE = """
 .gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
 .measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; vertical-align: top;
   padding: .25rem .9rem .25rem 0; }
+@media (max-width: 45rem) {
+  .row { flex-direction: column !important; }
+  .row > * { min-width: 0 !important; width: 100% !important; }
+  .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  :is(.gallery-item, .thumbnail-item) { min-width: 0 !important; width: 100% !important; }
+}
 .problem { border-left: .3rem solid #b34700; padding: .4rem .8rem; overflow-wrap: anywhere; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
