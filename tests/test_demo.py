@@ -19,6 +19,7 @@ from dicom_files import ultrasound_region, write_dicom
 from ultrarefiner import cli, demo, explore
 from ultrarefiner.errors import UserError
 from ultrarefiner.explore import Explorer
+from ultrarefiner.phases.e2e import E2EPhase
 from ultrarefiner.results.measures import measure
 from ultrarefiner.runs.build import build_cascade
 from ultrarefiner.segmenter import Segmenter
@@ -47,7 +48,7 @@ def first(explorer):
 def pointed() -> Explorer:
     """An untrained pair that takes points, with a region of interest."""
     cfg = compose("phase=e2e", "roi=on", "model.prompts.point=true", "model.prompts.negative_point=true")
-    return Explorer(Segmenter(build_cascade(cfg, ("coarse", "sam")), 64, 64, "cpu"))
+    return Explorer(Segmenter(build_cascade(cfg, E2EPhase.parts, {}), 64, 64, "cpu"))
 
 
 def counted(explorer: Explorer, monkeypatch) -> list[int]:
