@@ -25,7 +25,6 @@ from ultrarefiner.runs.build import build_cascade
 from ultrarefiner.segmenter import Segmenter
 
 EXAMPLE = cli.HOME / "examples" / "images" / "bus_0018-s.png"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 
 
@@ -249,17 +248,6 @@ def address():
     yield f"http://127.0.0.1:{port}/"
     process.terminate()
     process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium, such as Debian's package chromium")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ model.name=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 model.name=.hidden                                  → model\.name must be a name
 phase.name=../x                                     → phase\.name must be a name
 phase.coarse.name=a/b                               → phase\.coarse\.name must be a name
-roi.name=a/b                                        → roi\.name must be
+roi.name=a/b                                        → roi\.name must be on
 dataset.reader.cases=0                              → dataset\.reader\.cases=0
 dataset.reader.cases=-1                             → dataset\.reader\.cases=-1
 dataset.reader.cases=3                              → phantom has 2 patients
