@@ -27,23 +27,22 @@ from ultrarefiner.results.statistics import over_cases
 from ultrarefiner.runs.build import build_refiner
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "geometry.md"
-OLD = ["roi=on", "roi.square=false", "roi.expand_ratio=0.2"]
+ALONE = "gate=none"  # the refined mask without the coarse one, which shows what the geometry does
+OLD = [ALONE, "roi=on", "roi.square=false", "roi.expand_ratio=0.2"]
 SETTINGS: dict[str, list[str]] = {
     "the seed's geometry and prompts (`+experiments=seed`)": ["+experiments=seed"],
     "ROI of the seed: stretched, + 20 %, map as it is": [*OLD, "roi.temperature=1"],
     "the same, of the sharpened map": OLD,
     **{
-        f"square ROI, + {100 * grown:.0f} %": ["roi=on", "roi.square=true", f"roi.expand_ratio={grown}"]
+        f"square ROI, + {100 * grown:.0f} %": [ALONE, "roi=on", "roi.square=true", f"roi.expand_ratio={grown}"]
         for grown in (0.2, 0.5, 0.75, 1.0, 1.5)
     },
-    "full frame, stretched": ["roi=off", "model.frame=stretch"],
-    "full frame, padded": ["roi=off", "model.frame=pad"],
-    "**`roi=on` as it is by default**": ["roi=on"],
-    "**`roi=off` as it is by default**": ["roi=off"],
-    "`roi=on`, `gate=uncertainty`": ["roi=on", "gate=uncertainty"],
-    "`roi=off`, `gate=uncertainty`": ["roi=off", "gate=uncertainty"],
-    "`roi=on`, `gate=mean`": ["roi=on", "gate=mean"],
-    "`roi=off`, `gate=mean`": ["roi=off", "gate=mean"],
+    "full frame, stretched": [ALONE, "roi=off", "model.frame=stretch"],
+    "full frame, padded": [ALONE, "roi=off", "model.frame=pad"],
+    "`roi=on gate=uncertainty`": ["roi=on", "gate=uncertainty"],
+    "`roi=off gate=uncertainty`": ["roi=off", "gate=uncertainty"],
+    "**`roi=on` as it is by default** (`gate=mean`)": ["roi=on"],
+    "**`roi=off` as it is by default** (`gate=mean`)": ["roi=off"],
 }
 
 
@@ -123,8 +122,8 @@ PAGE_TEXT = """# What SAM is shown
 
 Written by `benchmarks/geometry.py`: LiteMedSAM as it was published redraws real coarse masks, those that a U-Net on
 EfficientNet-Lite0 (trained on BUS-BRA's fold 0) predicts for {cases} images of {patients} patients of that fold's
-validation part. Nothing was fine-tuned, so a row shows what the geometry alone does to a mask. All rows but that of the
-seed have the prompts of `model=lite`. Behind each change stands its 95 % interval (bootstrap over patients).
+validation part. Nothing was fine-tuned, so a row shows what the geometry alone does to a mask; the last four mix the coarse mask in
+again. All rows but that of the seed have the prompts of `model=lite`. Behind each change stands its 95 % interval (bootstrap over patients).
 
 {table}
 """

@@ -8,6 +8,7 @@ type_checks.install()
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,8 @@ from omegaconf import MISSING, DictConfig
 
 from data_layouts import SHARED
 from ultrarefiner import cli, config, settings, train
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
     torch.set_num_threads(1)
@@ -159,6 +162,18 @@ def execute(monkeypatch, capsys):
 def command(execute):
     """Run `python -m ultrarefiner.train ...` inside this process."""
     return partial(execute, train.main)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium for pages; the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium, such as Debian's package chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ model.name=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 model.name=.hidden                                  → model\.name must be a name
 phase.name=../x                                     → phase\.name must be a name
 phase.coarse.name=a/b                               → phase\.coarse\.name must be a name
-roi.name=a/b                                        → roi\.name must be a name
+roi.name=a/b                                        → roi\.name must be on
 dataset.reader.cases=0                              → dataset\.reader\.cases=0
 dataset.reader.cases=-1                             → dataset\.reader\.cases=-1
 dataset.reader.cases=3                              → phantom has 2 patients
@@ -182,7 +182,7 @@ phase=coarse phase.optimizer=null                   → phase\.optimizer=null
 phase=coarse phase.optimizer._target_=foo.Bar       → phase\.optimizer\._target_=foo\.Bar
 phase=coarse phase.optimizer._target_=torch.optim.LBFGS → phase\.optimizer.*LBFGS
 phase=coarse phase.optimizer.momentum=-1            → phase\.optimizer.*momentum
-phase=coarse phase.optimizer.momentum=nan           → phase\.optimizer\.momentum must be finite
+phase=coarse phase.optimizer.momentum=nan           → phase\.optimizer\.momentum must be 0 or more
 phase=coarse +phase.optimizer.foo=1                 → phase\.optimizer.*'foo'
 phase=sam phase.bce_weight=0 phase.dice_weight=0 phase.focal_weight=0 phase.change_weight=0 phase.iou_weight=0 → more
 phase=sam phase.good_from=1                         → phase\.good_from must be 0 or more and less than 1
@@ -342,7 +342,7 @@ model.train.image_encoder=-1                        → model\.train\.image_enco
 model.train.image_encoder=1000                      → model\.train\.image_encoder=1000
 model.lora.rank=100000                              → lora
 'model.lora.rank=1' 'model.lora.targets=[nothing]'  → lora.*nothing
-phase=sam model.train.prompt_encoder=false model.train.mask_decoder=false → nothing to train
+phase=sam model.train={image_encoder:false,prompt_encoder:false,mask_decoder:false} → nothing to train
 dataset.folds=2.5                                   → dataset\.folds=2\.5
 trainer.devices=1.5                                 → trainer\.devices=1\.5
 hydra/sweeper=nothing                               → sweeper=nothing

@@ -155,7 +155,7 @@ def write_checkpoint(folder: Path, turn: int) -> None:
 
 
 def write_cache(folder: Path, turn: int) -> None:
-    open_cache(Phantoms(6, 48, seed=turn % 2), (32, 48), folder)
+    open_cache(Phantoms(6, turn % 2, 64), (32, 64), folder)
 
 
 def read_summary(folder: Path) -> None:
@@ -176,12 +176,12 @@ def read_checkpoint(folder: Path) -> None:
 def read_cache(folder: Path) -> None:
     """Built again where it was not whole; index and frames are those of the images."""
     for seed in (0, 1):
-        reader = Phantoms(6, 48, seed=seed)
-        index, frames = open_cache(reader, (32, 48), folder)
+        reader = Phantoms(6, seed, 64)
+        index, frames = open_cache(reader, (32, 64), folder)
         for position, case in enumerate(reader.cases()):
             image, mask = reader.read(case)
             assert index.entries[position].lesion_px == mask.sum()
-            assert (frames[48].image(position) == image).all() and (frames[48].mask(position) == mask).all()
+            assert (frames[64].image(position) == image).all() and (frames[64].mask(position) == mask).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

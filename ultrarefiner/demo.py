@@ -25,7 +25,7 @@ Look at single images in the browser: drop one, see what was found and how sure 
   python -m ultrarefiner.demo                          with the pair that ships
   python -m ultrarefiner.demo checkpoint=outputs/busbra/lite/e2e-…
 
-It needs Gradio: pip install 'ultrarefiner[demo]'. Images stay on this computer, and nothing is fetched from elsewhere."""
+It needs Gradio: pip install 'ultrarefiner[demo]'. Images stay on this computer, nothing is fetched from elsewhere."""
 
 VALUES = """\
 Values

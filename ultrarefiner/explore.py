@@ -33,7 +33,7 @@ from ultrarefiner.segmenter import Segmenter
 LAYERS = ("coarse", "refined", "box", "points", "region", "uncertainty")
 KEPT = 8
 """Embeddings that are kept in memory, the latest ones."""
-AGREES = 0.5
+AGREES = 0.3
 """From this IoU with the coarse mask's own box on, a box of the user's only limits the coarse mask."""
 _WHITE, _GREY, _GREEN, _RED = (255, 255, 255), (150, 150, 150), (0, 200, 120), (255, 80, 80)
 

@@ -17,7 +17,14 @@ BOX, INSIDE, OUTSIDE = "a corner of the box", "a point in the lesion", "a point 
 SIDES = ("left", "top", "right", "bottom")
 STYLE = """
 .gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
-.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
+.measured { border-collapse: collapse; } .measured :is(th, td) { text-align: left; vertical-align: top;
+  padding: .25rem .9rem .25rem 0; }
+@media (max-width: 45rem) {
+  .row { flex-direction: column !important; }
+  .row > * { min-width: 0 !important; width: 100% !important; }
+  .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  :is(.gallery-item, .thumbnail-item) { min-width: 0 !important; width: 100% !important; }
+}
 .problem { border-left: .3rem solid #b34700; padding: .4rem .8rem; overflow-wrap: anywhere; }
 """
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
@@ -89,11 +96,13 @@ class Page:
             return None, *self.redraw(now, now.box, (*now.points, (x, y, what == INSIDE)), *view)
         if corner is None:
             corner = (x, y, True)
-            return corner, now, *self.show(now, *view, corner), *self._sides(now)
+            threshold, layers, pixel = view
+            return corner, now, *self.show(now, threshold, layers, pixel, corner), *self._sides(now)
         return None, *self.redraw(now, (corner[0], corner[1], x, y), now.points, *view)
 
     def _problem(self, error: UserError) -> tuple[Any, ...]:
-        said = f'<p class="problem" role="alert">{escape(str(error))}</p>'
+        text = escape(str(error)).translate({ord(sign): f"&#{ord(sign)};" for sign in "$`{"})  # gr.HTML is a template
+        said = f'<p class="problem" role="alert">{text}</p>'
         return (gr.skip(), gr.skip(), said, *[gr.skip()] * 3, *[gr.skip()] * 4)
 
     def _sides(self, now: Exploration) -> list[Any]:
@@ -108,7 +117,8 @@ class Page:
 
     def build(self) -> gr.Blocks:
         """The page."""
-        with gr.Blocks(title="UltraRefiner", analytics_enabled=False) as blocks:
+        blocks = gr.Blocks(title="UltraRefiner", analytics_enabled=False)
+        with blocks:
             now, corner = gr.State(), gr.State()
             gr.Markdown(INTRODUCTION)
             with gr.Row():

@@ -3,7 +3,6 @@
 Whatever needs torch is imported where it is used, so that `--help`, `--cfg job` and completion are quick.
 """
 
-import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ultrarefiner import cli
-from ultrarefiner.errors import UserError
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.settings import setting
 
@@ -73,7 +71,7 @@ def _predict(cfg: DictConfig) -> None:
 
     from ultrarefiner.data.scans import CoarseMasks, find_scans
     from ultrarefiner.results.dicom_objects import check_installed, write_objects
-    from ultrarefiner.results.prediction import Predictions, alone_in, predict, progress, summary
+    from ultrarefiner.results.prediction import Predictions, alone_in, finish, predict, progress
 
     warnings.filterwarnings("ignore", module=r"PIL|pydicom|highdicom")  # what is wrong with a file is said at the end
     if cfg.dicom:
@@ -95,15 +93,8 @@ def _predict(cfg: DictConfig) -> None:
         results = Predictions(output, settings, cfg.spacing, cfg.extras)
         with progress(sum(scan.frames for scan in found.scans)) as step:
             problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
-        others, bare = write_objects(found.scans, results, settings) if cfg.dicom else (0, [])
-    print(summary(results))
-    if others:
-        print(f"{others} images are not DICOM: they have no DICOM objects")
-    print(*problems, *bare, sep="\n", end="\n" if problems or bare else "", file=sys.stderr)
-    if problems:
-        raise UserError(f"{len(problems)} files could not be read (see above); the others are done.")
-    if bare:
-        raise UserError(f"{len(bare)} DICOM files have no DICOM objects (see above); everything else is done.")
+        others = write_objects(found.scans, results, settings, problems) if cfg.dicom else 0
+    finish(results, problems, others)
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from ultrarefiner.data.dataset import as_tensor
-from ultrarefiner.data.images import load_colours, luminance, map_to_square, to_square
+from ultrarefiner.data.images import load_colours, luminance, to_square
+from ultrarefiner.data.mask_maps import coarse_map
 from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import folder_sha256, load, sha256
@@ -121,6 +122,7 @@ class Segmenter:
         Args:
             image: grey or colour, 0 to 255, of any size; or the path of a PNG, JPEG, TIFF, BMP or DICOM file.
             coarse: a mask, or a probability map in [0, 1], of the image's size, in place of the coarse network's.
+                A mask becomes as soft as a network's, see `data.mask_maps.coarse_map`.
         """
         pixels = load_colours(Path(image)) if isinstance(image, str | Path) else image
         return self.batch([pixels], None if coarse is None else [coarse])[0]
@@ -239,7 +241,7 @@ class Segmenter:
         return as_tensor(to_square(picture, size))[None].to(self.device)
 
     def _coarse(self, mask: CoarseMask) -> Float[Tensor, "1 1 C C"]:
-        prob = map_to_square(mask.astype(np.float32), self.coarse_size)
+        prob = coarse_map(mask.astype(np.float32), self.coarse_size)
         return soft_logit(torch.tensor(prob)[None, None].to(self.device))
 
 

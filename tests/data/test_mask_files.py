@@ -11,7 +11,7 @@ import pytest
 from conftest import MICRO, compose
 from data_layouts import write_busbra
 from ultrarefiner.data.images import map_to_square
-from ultrarefiner.data.mask_maps import read_map
+from ultrarefiner.data.mask_maps import coarse_map, read_map
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.runs.build import build_data
@@ -99,7 +99,7 @@ def test_each_part_takes_the_masks_of_its_cases(masks, caplog):
         items = data.dataset(part)
         for index, case in enumerate(data.split.part(part)):
             own = cv2.imread(str(folder / f"{case.id}.png"), 0).astype(np.float32)
-            np.testing.assert_array_equal(items[index]["prob"][0].numpy(), map_to_square(own, 32))
+            np.testing.assert_array_equal(items[index]["prob"][0].numpy(), coarse_map(own, 32))
     # nnU-Net's probabilities beside its masks are worth more
     first = data.split.train[0]
     np.savez(folder / f"{first.id}.npz", probabilities=np.stack([1 - PROB, PROB])[:, None])
@@ -196,3 +196,20 @@ def test_phase_two_without_phase_one(masks):
     assert 0.5 < summary["test"]["coarse"]["dice"] < 0.9  # of the shifted masks
     _all(lambda mask: np.roll(mask, 1, axis=0))(folder)
     assert plan(busbra(root))[0].directory != runs[0].directory
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (300, 480)])
+def test_a_hard_mask_becomes_as_soft_as_a_network_and_keeps_its_outline(shape):
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    disc = (rows - shape[0] / 2) ** 2 + (columns - shape[1] / 2) ** 2 < (min(shape) / 4) ** 2
+    prob = coarse_map(disc.astype(np.float32), 224)
+    hard = map_to_square(disc.astype(np.float32), 224)
+    assert np.array_equal(prob > 0.5, hard > 0.5) or np.mean((prob > 0.5) != (hard > 0.5)) < 1e-3
+    assert 0 < prob.min() < 0.01 and 0.98 < prob.max() < 0.995  # as sure as a network far from the edge
+    # along the middle row, the edge rises from 0.1 to 0.9 over the usual width (4 px of a frame of 224)
+    rise = np.count_nonzero((prob[112] > 0.1) & (prob[112] < 0.9)) / 2 * max(shape) / shape[1]
+    assert 3 <= rise <= 5
+    empty = np.zeros(shape, np.float32)
+    assert not coarse_map(empty, 224).any()
+    given = np.linspace(0, 1, 224 * 224, dtype=np.float32).reshape(224, 224)
+    assert coarse_map(given, 224) is given

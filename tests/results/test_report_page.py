@@ -10,7 +10,6 @@ import pytest
 from made_runs import HOSTILE, patients, write_evaluation, write_run
 from ultrarefiner.results import report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
@@ -23,17 +22,6 @@ def page_file(tmp_path_factory) -> Path:
     write_run(root / "runs", "seed=1", "fold=1", name="two")
     report.write(root / "runs", root / "out", "<script>alert(1)</script>", 10, 3)
     return root / "out" / "index.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium, such as Debian's package chromium")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from ultrarefiner.data.failures.softness import dice_of
 from ultrarefiner.data.files import read_table, stem_key
 from ultrarefiner.data.folds import Split
 from ultrarefiner.data.images import image_size, map_to_square
-from ultrarefiner.data.mask_maps import ENDINGS, LARGEST, ending, read_map
+from ultrarefiner.data.mask_maps import ENDINGS, LARGEST, coarse_map, ending, read_map
 from ultrarefiner.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class MaskFiles:
     def draw(self, case: Case, part: str, seed: int, size: int) -> Float32[np.ndarray, "C C"]:
         """One of a case's masks, chosen by the seed, as probability at ``size`` px."""
         files = self.parts[part][case.key]
-        return map_to_square(self._read(files[int(np.random.default_rng([seed, 2]).integers(len(files)))]), size)
+        return coarse_map(self._read(files[int(np.random.default_rng([seed, 2]).integers(len(files)))]), size)
 
     def _read(self, path: Path) -> Float32[np.ndarray, "H W"]:
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)

@@ -7,6 +7,9 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Num
 
+from ultrarefiner.data.failures.shapes import signed_distance
+from ultrarefiner.data.failures.softness import REFERENCE_SIDE, SIGMOID_10_90, Softness
+from ultrarefiner.data.images import map_to_square
 from ultrarefiner.errors import UserError
 from ultrarefiner.extras import imported
 
@@ -43,6 +46,21 @@ def read_map(path: Path) -> Float32[np.ndarray, "H W"]:
             f"{path} holds numbers that are negative or not finite; give a mask or probabilities, no logits"
         )
     return np.asarray(values, dtype=np.float32)
+
+
+def coarse_map(values: Float32[np.ndarray, "H W"], size: int) -> Float32[np.ndarray, "size size"]:
+    """A map of any tool as a coarse network would give it: probabilities at `size` px.
+
+    A mask of 0 and 1 would be sure of every pixel, and no mean with SAM's mask could move it: it becomes as soft as a
+    network's output is (`Softness`), with its outline where it was. An empty one stays empty.
+    """
+    mask = values > 0.5
+    if mask.any() and not ((values > 0) & (values < 1)).any():
+        usual = Softness()
+        steepness = SIGMOID_10_90 / usual.width * REFERENCE_SIDE / max(mask.shape)
+        logit = np.clip(signed_distance(mask) * np.float32(steepness), -usual.outside, usual.inside)
+        values = 1 / (1 + np.exp(-logit))
+    return map_to_square(values, size)
 
 
 def _numbers(path: Path) -> Num[np.ndarray, "..."]:

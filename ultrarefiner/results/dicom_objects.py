@@ -1,13 +1,14 @@
 """What was found, as DICOM: for each DICOM source a segmentation (SEG) and a measurement report (SR, TID 1500).
 
 Both are made of the masks and tables that are already written, so they say the same, and an interrupted call continues.
-Nothing in them is chance or a clock: the same source, networks and settings give the same bytes, and thereby the same UIDs.
+Nothing in them is chance or a clock: the same source, networks and settings give the same bytes and the same UIDs.
 """
 
 import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,7 +59,7 @@ class _Found(NamedTuple):
 
 
 def check_installed() -> None:
-    """Before any work is done.
+    """Called before any work is done.
 
     Raises:
         UserError: highdicom is missing.
@@ -67,7 +68,7 @@ def check_installed() -> None:
     logging.getLogger("highdicom").setLevel(logging.ERROR)  # what it warns of are names of patients
 
 
-def write_objects(scans: Sequence[Scan], results: Predictions, settings: Mapping[str, Any]) -> tuple[int, list[str]]:
+def write_objects(scans: Sequence[Scan], results: Predictions, settings: Mapping[str, Any], problems: list[str]) -> int:
     """Write ``dicom/NAME.seg.dcm`` and ``dicom/NAME.sr.dcm`` for each DICOM source whose frames are all done.
 
     A source without a lesion gets the report alone, which says so: a segmentation must have a segment.
@@ -76,11 +77,12 @@ def write_objects(scans: Sequence[Scan], results: Predictions, settings: Mapping
         scans: the images.
         results: what was found in them.
         settings: what defines a result; "checkpoint" is the hash of the weights.
+        problems: takes a sentence for each source that cannot have objects.
 
     Returns:
-        How many images are no DICOM files, and a sentence for each that cannot have objects.
+        How many images are no DICOM files.
     """
-    others, problems = 0, []
+    others = 0
     for scan in scans:
         names = [scan.frame_name(index) for index in range(scan.frames)]
         if any(name not in results.rows for name in names):
@@ -93,7 +95,7 @@ def write_objects(scans: Sequence[Scan], results: Predictions, settings: Mapping
                     others += 1
         except UserError as error:
             problems.append(str(error))
-    return others, problems
+    return others
 
 
 def _write(scan: Scan, names: Sequence[str], results: Predictions, settings: Mapping[str, Any]) -> None:
@@ -106,9 +108,7 @@ def _write(scan: Scan, names: Sequence[str], results: Predictions, settings: Map
     writer = _Writer(scan, header, settings, [__version__, *marks, *masks])
     segmentation, report = (results.folder / FOLDER / f"{scan.name}.{kind}.dcm" for kind in ("seg", "sr"))
     any_lesion = any(results.lesions[name] for name in names)
-    if not any_lesion:
-        segmentation.unlink(missing_ok=True)  # of an image that had one, and has changed
-    elif _uid(segmentation) == writer.uid("SEG") and _uid(report) == writer.uid("SR"):
+    if _uid(segmentation) == (writer.uid("SEG") if any_lesion else None) and _uid(report) == writer.uid("SR"):
         return
     found = [
         lesion
@@ -119,7 +119,9 @@ def _write(scan: Scan, names: Sequence[str], results: Predictions, settings: Map
         size = f"{len(found)} lesions in its frames of {header.Columns} × {header.Rows} px"
         raise UserError(f"{scan.path} has {size}, too many for one segmentation: export fewer frames; {_ADVICE}.")
     made = writer.segmentation(found) if found else None
-    if made is not None:
+    if made is None:
+        segmentation.unlink(missing_ok=True)  # of an image that had a lesion, and has changed
+    else:
         write_atomically(segmentation, _encoded(made))
     write_atomically(report, _encoded(writer.report(found, made)))  # last: it refers to the other
 
@@ -198,6 +200,7 @@ class _Writer:
             shared.pop("PixelMeasuresSequence", None)
         if self.clip:  # highdicom knows no clips outside of a patient's space: for it, the source has one frame
             for lesion, item in zip(found, made.PerFrameFunctionalGroupsSequence, strict=True):
+                item.DerivationImageSequence = deepcopy(item.DerivationImageSequence)  # all frames share one
                 item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = lesion.frame
         return self._dated(made)
 
@@ -214,7 +217,7 @@ class _Writer:
         site = hd.sr.FindingSite(codes.SCT.Breast, side)
         image = (self.source.SOPClassUID, self.source.SOPInstanceUID)
         common = {"finding_type": codes.SCT.Lesion, "algorithm_id": algorithm, "finding_sites": [site]}
-        groups = []
+        groups: list[Any] = []
         for number, lesion in enumerate(found, 1):
             assert segmentation is not None
             source = hd.sr.SourceImageForSegmentation(*image, [lesion.frame] if self.clip else None)
@@ -232,12 +235,12 @@ class _Writer:
                 )
             )
         if without := sorted(set(range(1, self.frames + 1)) - {lesion.frame for lesion in found}):
-            source = hd.sr.SourceImageForMeasurementGroup(*image, without if self.clip else None)
+            absent = hd.sr.SourceImageForMeasurementGroup(*image, without if self.clip else None)
             groups.append(
                 hd.sr.MeasurementsAndQualitativeEvaluations(
                     hd.sr.TrackingIdentifier(self.uid("none"), "No lesion"),
                     qualitative_evaluations=[hd.sr.QualitativeEvaluation(codes.SCT.Lesion, codes.SCT.Absent)],
-                    source_images=[source],
+                    source_images=[absent],
                     **common,
                 )
             )
@@ -285,7 +288,7 @@ class _Writer:
 def _completed(header: "Dataset") -> "Dataset":
     """The source as highdicom needs it: what may be blank is there, and blank where it breaks the standard.
 
-    Its place in space, which ultrasound hardly has, is left out: then the segmentation is bound to the frames themselves.
+    Its place in space, which ultrasound hardly has, is left out: the segmentation is bound to the frames themselves.
     """
     from pydicom.dataset import Dataset
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -265,3 +266,17 @@ def summary(results: Predictions) -> str:
         f"{len(rows)} images: {lesions} with a lesion, {redrawn} redrawn, {kept} as the coarse mask says\n"
         f"  {results.folder / TABLE} says why, {results.folder / 'masks'} holds the masks"
     )
+
+
+def finish(results: Predictions, problems: Sequence[str], not_dicom: int = 0) -> None:
+    """Print what was found, and what went wrong with which file.
+
+    Raises:
+        UserError: something did.
+    """
+    print(summary(results))
+    if not_dicom:
+        print(f"  {not_dicom} files are not DICOM: there are no DICOM objects of them")
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
+        raise UserError(f"{len(problems)} files could not be read (see above); the others are done.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ultrarefiner.data.cases import PARTS
-from ultrarefiner.files import number, read_json
+from ultrarefiner.errors import UserError
+from ultrarefiner.files import number, read_csv, read_json
 
 FILES = (
     ("cases.csv", "every test case"),
@@ -134,6 +135,18 @@ def patients(part: Mapping[str, Any]) -> str:
     if not part["patients"]:
         return "patients not named"
     return f"{part['patients']} patients" + (f", {unnamed} cases without" if unnamed else "")
+
+
+def read_result(directory: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What a finished run left: its summary and its test cases.
+
+    Raises:
+        UserError: one of the files is not there or damaged.
+    """
+    content, cases = read_json(directory / "summary.json", NEEDED), read_csv(directory / "cases.csv")
+    if not cases or "id" not in cases[0]:
+        raise UserError(f"{directory / 'cases.csv'} has no test cases")
+    return content, cases
 
 
 def summary(directory: Path, finished_before: bool) -> None:

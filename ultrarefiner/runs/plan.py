@@ -20,11 +20,10 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import read_csv, read_json
 from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.results.tables import NEEDED
+from ultrarefiner.results.tables import read_result
 from ultrarefiner.runs.build import build_data, build_store, find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
 from ultrarefiner.runs.provenance import run_directory, sources
@@ -66,8 +65,7 @@ class Run:
         if not (self.directory / "summary.json").is_file():
             return None
         try:
-            read_json(self.directory / "summary.json", NEEDED)
-            read_csv(self.directory / "cases.csv")
+            read_result(self.directory)
         except UserError as error:
             return str(error)
         return None

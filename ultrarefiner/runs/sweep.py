@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import read_csv, read_json, write_csv
+from ultrarefiner.files import write_csv
 from ultrarefiner.results import statistics, tables
-from ultrarefiner.results.tables import NEEDED
+from ultrarefiner.results.tables import read_result
 from ultrarefiner.runs import jobs
 
 OVER_RUNS = ("fold", "seed")
@@ -67,7 +67,7 @@ class Job:
             return cls(given, outcome)
         directory = Path(outcome)
         try:
-            summary, cases = read_json(directory / "summary.json", NEEDED), read_csv(directory / "cases.csv")
+            summary, cases = read_result(directory)
         except UserError as error:
             return cls(given, Failure(f"{error}; the same command measures this run again"))
         return cls(given, directory, summary=summary, cases=cases)

@@ -136,7 +136,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_continues(slurm, tmp_path):
     assert status == 0 and "2 jobs, 2 finished, 0 failed" in out, out + err
     directory = _continued(sweep, next(_id(log) for log in sweep.logs("out") if _id(log).endswith("_1")), epochs=1)
     before = files.load(directory / "checkpoints" / checkpoints.PREVIOUS)
-    assert before["inside_epoch"]["steps_done"] > 5, "as far as it came"
+    assert before["inside_epoch"]["steps_done"] >= 1, "as far as it came, on a machine of any speed"
     assert [row["fold"] for row in sweep.table()] == ["0", "1"]
     assert {row["runs"] for row in sweep.table("settings.csv")} == {"2"}
 
