@@ -35,7 +35,7 @@ COLUMNS = ("Dice", "ROI area", "prompt box", "mass outside", "background logit",
 
 
 def looks(pairs: Iterable[Pair]) -> Float[np.ndarray, "N Q"]:
-    """What Phase 2 sees of each (probability, lesion), in the order of `COLUMNS`; areas in those of the lesion's box."""
+    """What Phase 2 sees of each (probability, lesion), in the order of `COLUMNS`; areas in its lesion's box."""
     found = []
     for prob, mask in pairs:
         rows, columns = np.nonzero(mask)
@@ -65,14 +65,14 @@ def simulated(simulator: FailureSimulator, masks: list[np.ndarray]) -> Iterable[
 PAGE_TEXT = """# Simulated coarse masks against real ones
 
 Written by `benchmarks/likeness.py`. Real: what a U-Net on EfficientNet-Lite0, trained on BUS-BRA's fold 0, predicts for
-{shown} images of {patients} patients of that fold's validation part. Simulated: {each} masks of each of these lesions. The
-fitted simulator (`phase.softness=fit phase.bins=fit`) was fitted to predictions of {others} other patients of that part.
-Median, and quartiles in brackets; areas in those of the lesion's own box, "mass outside" in areas of the lesion.
+{shown} images of {patients} patients of that fold's validation part. Simulated: {each} masks of each of these lesions.
+The fitted simulator (`phase.softness=fit phase.bins=fit`) was fitted to predictions of {others} other patients of that
+part. Median, and quartiles in brackets; areas in those of the lesion's own box, "mass outside" in areas of the lesion.
 
 {table}
 
-Phase 2 meets Phase 3's masks best where the masks are real (`phase.real_ratio`, `phase.masks`); where they are simulated,
-fit the simulator.
+Phase 2 meets Phase 3's masks best where the masks are real (`phase.real_ratio`, `phase.masks`); where they are
+simulated, fit the simulator.
 """
 
 
