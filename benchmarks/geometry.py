@@ -122,8 +122,9 @@ PAGE_TEXT = """# What SAM is shown
 
 Written by `benchmarks/geometry.py`: LiteMedSAM as it was published redraws real coarse masks, those that a U-Net on
 EfficientNet-Lite0 (trained on BUS-BRA's fold 0) predicts for {cases} images of {patients} patients of that fold's
-validation part. Nothing was fine-tuned, so a row shows what the geometry alone does to a mask; the last four mix the coarse mask in
-again. All rows but that of the seed have the prompts of `model=lite`. Behind each change stands its 95 % interval (bootstrap over patients).
+validation part. Nothing was fine-tuned, so a row shows what the geometry alone does to a mask; the last four mix the
+coarse mask in again. All rows but that of the seed have the prompts of `model=lite`. Behind each change stands its 95 %
+interval (bootstrap over patients).
 
 {table}
 """

@@ -251,6 +251,7 @@ def address():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("page")  # one server for all
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
 def test_the_page_in_a_browser(address, browser, size, tmp_path):

@@ -182,18 +182,15 @@ def test_durations_are_for_people(seconds, text):
 
 
 @pytest.mark.slow
-def test_compiled_networks_learn_the_same(tmp_path):
-    """And are saved under the same names."""
-    from shutil import which
-
-    if which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")  # of what checks our types
+def test_compiled_networks_learn_the_same(tmp_path, monkeypatch):
+    """And are saved under the same names. Without C++ code, which takes minutes to make and is torch's own promise."""
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compiling, backend="aot_eager"))
     for name in ("plain", "compiled"):
-        run(
-            compose(
-                *COARSE, "phase.epochs=1", f"trainer.compile={name == 'compiled'}", f"output_root={tmp_path / name}"
-            )
-        )
+        said = [f"trainer.compile={name == 'compiled'}", f"output_root={tmp_path / name}"]
+        run(compose(*COARSE, "phase.epochs=1", *said))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     plain, compiled = (
         files.load(result(tmp_path / name)[0] / "checkpoints" / "last.ckpt")["state_dict"]
         for name in ("plain", "compiled")

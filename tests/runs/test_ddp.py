@@ -18,6 +18,8 @@ from trouble import FOLDER, TROUBLE
 from ultrarefiner import files
 from ultrarefiner.runs import checkpoints
 
+pytestmark = pytest.mark.xdist_group("ddp")  # on one worker, so that `one` and `two` are trained once
+
 # So many steps that the coarse network finds something. Nine cases for validation in batches of four: at the end one
 # of two processes has a batch more than the other.
 # In double precision, or rounding errors would grow from step to step until nothing could be compared.

@@ -16,6 +16,7 @@ from ultrarefiner.results.found import Found
 from ultrarefiner.runs import experiment, history, outcome
 from ultrarefiner.runs.plan import plan
 
+pytestmark = pytest.mark.xdist_group("history")  # what it trains first is trained on one worker
 COARSE = ["phase=coarse", "model.schedule.coarse.epochs=1"]
 
 

@@ -29,6 +29,7 @@ from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import plan
 
+pytestmark = pytest.mark.xdist_group("out_of_fold")  # what it trains first is trained on one worker
 FIT = ["phase=sam", "phase.softness=fit", "phase.bins=fit", "phase.real_ratio=0.5", "phase.parts=2"]
 
 
