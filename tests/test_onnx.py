@@ -69,7 +69,7 @@ def test_the_graphs_give_what_the_networks_give(pair, count):
 
 @pytest.mark.parametrize(("coarse", "lesions"), [(False, "together"), (False, "each"), (True, "together")])
 def test_the_segmenter_draws_the_same_with_both(pair, coarse, lesions):
-    masks = [disc(seed, *image.shape) > 0 for seed, image in enumerate(IMAGES)] if coarse else None
+    masks = [disc(seed, *image.shape[::-1]) > 0 for seed, image in enumerate(IMAGES)] if coarse else None
     results = []
     for backend in ("torch", "onnx"):
         segmenter = Segmenter.load(pair, "cpu", backend, lesions=lesions, safety=Safety.none(), tta="flips")
