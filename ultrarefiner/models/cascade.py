@@ -87,7 +87,8 @@ class Cascade(nn.Module):
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)
-        each = image.repeat_interleave(coarse_logit.shape[0] // image.shape[0], dim=0)
+        several = 1 if torch.compiler.is_exporting() else len(coarse_logit) // len(image)
+        each = image.repeat_interleave(several, dim=0)
         return refined._replace(logits=self.gate(coarse_frame, refined.logits, each))
 
     def forward(

@@ -131,10 +131,10 @@ class Refiner(nn.Module):
         Raises:
             ValueError: P is no multiple of B.
         """
-        if prob.shape[0] % image.shape[0]:
+        if not torch.compiler.is_exporting() and len(prob) % len(image):
             raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        several = prob.shape[0] // image.shape[0]
+        several = 1 if torch.compiler.is_exporting() else len(prob) // len(image)  # a graph has one map for each image
         aspect = precise(prob).new_ones(image.shape[0]) if aspect is None else aspect
         single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
         shared = covering(single, image.shape[0], margins, aspect if self.roi.keeps_aspect else None)
