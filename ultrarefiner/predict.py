@@ -36,8 +36,7 @@ Values
   spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
   dicom=true             of DICOM images a segmentation (SEG) and a measurement report (SR) as well
-  batch_size=1, device=auto
-  backend=torch          onnx: the file that export format=[onnx] wrote, with onnxruntime on the processor
+  batch_size=1, device=auto, backend=torch   (onnx: the file of export format=[onnx], with onnxruntime on the processor)
   safety.KEY=VALUE       as --cfg job prints them; null switches a rule off
   --cfg job              print the composed configuration"""
 
@@ -86,13 +85,12 @@ def _predict(cfg: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(cfg)
     options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, cfg.backend, **options)
-    weights = content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))
-    settings = {"checkpoint": weights, "coarse": "network" if masks is None else "masks"}
+    settings = {"checkpoint": content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))}
+    settings["coarse"] = "network" if masks is None else "masks"
     settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
-    with alone_in(output):
+    with alone_in(output), progress(sum(scan.frames for scan in found.scans)) as step:
         results = Predictions(output, settings, cfg.spacing, cfg.extras)
-        with progress(sum(scan.frames for scan in found.scans)) as step:
-            problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
+        problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
         others = write_objects(found.scans, results, settings, problems) if cfg.dicom else 0
     finish(results, problems, others)
 

@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,7 +81,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         imported(package, package, "onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names = {"input_names": list(INPUTS), "output_names": list(OUTPUTS)}
+    names: dict[str, Any] = {"input_names": list(INPUTS), "output_names": list(OUTPUTS)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
