@@ -14,7 +14,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 COMMANDS = {"train", "prepare", "simulate", "predict", "evaluate", "report", "export", "demo"}
-GROUND = {"errors", "files", "ranks", "settings", "config", "extras"}
+GROUND = {"errors", "files", "ranks", "settings", "config", "extras", "precision"}
 """What every room may use."""
 MAY_USE = {
     "ground": set(),

@@ -44,7 +44,9 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     pipeline = {"lesions": cfg.lesions, "tta": plain(cfg.tta), "safety": plain(cfg.safety)}
     if cfg.checkpoint is not None:
         safety = Safety(**pipeline["safety"])
-        segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **pipeline | {"safety": safety})
+        options = pipeline | {"safety": safety, "precision": cfg.precision}
+        segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
+        pipeline["precision"] = segmenter.precision
         file = checkpoint_file(cfg.checkpoint)
         said = checkpoints.said_of(file)
         if segmenter.cascade.coarse is None and cfg.predictions is None:

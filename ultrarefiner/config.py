@@ -308,7 +308,7 @@ class TrainerConfig:
     num_nodes: int = setting(1, result=False, at_least=1)
     strategy: str = setting("auto", result=False)
     precision: str = setting("auto", one_of=PRECISIONS)
-    """auto: bf16-mixed on a GPU that has it, else 32-true."""
+    """auto: bf16-mixed where it is faster, see `precision.fastest`, else 32-true."""
     num_workers: int = setting(0, result=False, at_least=0, at_most=512)
     accumulate: int = setting(1, at_least=1)
     deterministic: bool = setting(True, result=False)

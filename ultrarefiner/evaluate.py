@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig
 from ultrarefiner import cli
 from ultrarefiner.config import DatasetConfig
 from ultrarefiner.results.safety import Safety
-from ultrarefiner.settings import setting
+from ultrarefiner.settings import PREDICTING, setting
 
 GROUPS = {"dataset": "which images", "safety": "which redrawn masks are rejected"}
 
@@ -38,6 +38,7 @@ Values
   spacing=0.08           mm per px, where the data set does not say it: distances and NSD in mm too
   dataset.limit.test=20  at most so many cases
   device=auto            cpu, cuda or mps
+  precision=auto         bf16-mixed where it is faster here, else 32-true, or one of both
   --cfg job              print the composed configuration and all other keys"""
 
 
@@ -62,6 +63,7 @@ class EvaluateConfig:
     safety: Safety = field(default_factory=Safety)
     batch_size: int = setting(4, at_least=1)
     device: str = "auto"
+    precision: str = setting("auto", one_of=PREDICTING)
     pictures: bool = True
 
 

@@ -179,8 +179,9 @@ class Explorer:
             steered._known = OrderedDict()
             cascade = Cascade(cascade.coarse, steered, cascade.gate)
         sizes = (segmenter.image_size, segmenter.coarse_size, str(segmenter.device))
-        self._judged = Segmenter(cascade, *sizes, segmenter.safety)
-        self._free = Segmenter(cascade, *sizes, Safety.none())  # who moves a box sees for himself what comes of it
+        self._judged = Segmenter(cascade, *sizes, segmenter.safety, precision=segmenter.precision)
+        # Who moves a box sees for himself what comes of it.
+        self._free = Segmenter(cascade, *sizes, Safety.none(), precision=segmenter.precision)
 
     @property
     def refuses_box(self) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ultrarefiner import cli
 from ultrarefiner.results.safety import Safety
-from ultrarefiner.settings import setting
+from ultrarefiner.settings import PREDICTING, setting
 
 INTRODUCTION = """\
 Segment images with a trained pair of networks, or refine the masks of another tool.
@@ -36,6 +36,7 @@ Values
   spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
   dicom=true             of DICOM images a segmentation (SEG) and a measurement report (SR) as well
+  precision=auto         bf16-mixed where it is faster here, else 32-true, or one of both
   batch_size=1, device=auto, backend=torch   (onnx: the file of export format=[onnx], with onnxruntime on the processor)
   safety.KEY=VALUE       as --cfg job prints them; null switches a rule off
   --cfg job              print the composed configuration"""
@@ -56,6 +57,7 @@ class PredictConfig:
     dicom: bool = False
     batch_size: int = setting(1, at_least=1)
     device: str = "auto"
+    precision: str = setting("auto", one_of=PREDICTING)
     backend: str = setting("torch", one_of=("torch", "onnx"))
     safety: Safety = field(default_factory=Safety)
 
@@ -83,10 +85,10 @@ def _predict(cfg: DictConfig) -> None:
     from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
     plain: Any = OmegaConf.to_container(cfg)
-    options = {key: plain[key] for key in ("lesions", "tta")} | {"safety": Safety(**plain["safety"])}
+    options = {key: plain[key] for key in ("lesions", "tta", "precision")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, cfg.backend, **options)
     settings = {"checkpoint": content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))}
-    settings["coarse"] = "network" if masks is None else "masks"
+    settings |= {"coarse": "network" if masks is None else "masks", "precision": segmenter.precision}
     settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
     with alone_in(output), progress(sum(scan.frames for scan in found.scans)) as step:
         results = Predictions(output, settings, cfg.spacing, cfg.extras)

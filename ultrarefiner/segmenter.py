@@ -28,13 +28,14 @@ from ultrarefiner.files import folder_sha256, load, sha256
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.models.onnx_backend import OnnxCascade
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.precision import AUTO, FULL, computing, fastest
 from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
 from ultrarefiner.runs.checkpoints import BEST, ONNX, SHIPPED, exported, said_of
 from ultrarefiner.runs.start import load_gate
-from ultrarefiner.settings import COARSE, SAM
+from ultrarefiner.settings import COARSE, PREDICTING, SAM
 
 Picture = NDArray[Any]
 """(H,W) or (H,W,3), 8 bits; checked where it is used."""
@@ -64,6 +65,7 @@ class Segmenter:
         safety: which redrawn masks are rejected; `Safety.none()` takes them all.
         lesions: "together" redraws all lesions of an image in one pass; "each" redraws each by itself.
         tta: "flips", "scales" or both: how the image is shown as well; the probabilities are averaged.
+        precision: "32-true", "bf16-mixed", "16-mixed", or "auto": the fastest here, see `precision.fastest`.
     """
 
     def __init__(
@@ -75,13 +77,18 @@ class Segmenter:
         safety: Safety | None = None,
         lesions: str = "together",
         tta: str | Sequence[str] | None = None,
+        precision: str = AUTO,
     ) -> None:
+        if precision not in PREDICTING:
+            raise UserError(f"precision must be one of {', '.join(PREDICTING)}, got {precision}")
         if lesions not in ("together", "each"):
             raise UserError(f"lesions must be one of together, each, got {lesions}")
         self.views, self.lesions, self.safety = views(tta), lesions, safety or Safety()
         self.device = _device(fastest_device() if device == "auto" else device)
         self.cascade = cascade.to(self.device).eval()
         self.image_size, self.coarse_size = image_size, coarse_size
+        frame = 0 if cascade.refiner is None else image_size
+        self.precision = fastest(self.device.type, frame) if precision == AUTO else precision
 
     @classmethod
     def load(
@@ -93,7 +100,7 @@ class Segmenter:
             path: the directory, a file such as `checkpoints/best.ckpt`, or a folder of `ultrarefiner.export`; "shipped"
                 or None: the pair that ships.
             device, options: see `Segmenter`.
-            backend: "torch", or "onnx": the file that `ultrarefiner.export format=[onnx]` wrote, on the CPU.
+            backend: "torch", or "onnx": the file that `ultrarefiner.export format=[onnx]` wrote, on the CPU in float32.
 
         Raises:
             UserError: there is no such run or file, it is damaged, or it does not say how its networks are built.
@@ -103,6 +110,7 @@ class Segmenter:
             if device not in ("auto", "cpu"):
                 raise UserError(f"backend=onnx runs on device=cpu, not on {device}")
             answering = OnnxCascade(file)
+            options["precision"] = FULL
             return cls(answering, answering.image_size, answering.coarse_size, "cpu", **options)
         if networks := exported(file.parent):
             return cls(*_exported(networks), device, **options)
@@ -142,7 +150,8 @@ class Segmenter:
         seen = []
         for view in self.views:
             masks = None if coarse is None else [view.show(mask) for mask in coarse]
-            seen.append(self._draw([view.show(picture) for picture in pictures], masks))
+            with computing(self.precision, self.device.type):
+                seen.append(self._draw([view.show(picture) for picture in pictures], masks))
         return [
             self._judge(image, drawn) for image, drawn in zip(images, map(list, zip(*seen, strict=True)), strict=True)
         ]

@@ -26,7 +26,10 @@ NAMES_OF_WEIGHTS = (None, "pretrained", "auto")
 """What may stand in the place of such a path, and says by itself which weights are meant."""
 NAME = re.compile(r"[^./\\\x00-\x1f:][^/\\\x00-\x1f:]{0,79}")
 """What options may be called: part of a folder's name on every system."""
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
+PREDICTING = ("auto", "32-true", "bf16-mixed", "16-mixed")
+"""The number formats that trained networks compute in, see `precision`."""
+PRECISIONS = (*PREDICTING, "64-true", "bf16-true", "16-true")
+"""Those of a training."""
 PLACES = frozenset({"root"})
 """Keys that say where data lie."""
 

@@ -294,7 +294,7 @@ def bus_images() -> Tensor:
 def test_litemedsam_equals_its_package(lite, fused):
     """A random image and, where the data lie beside the checkout, one of BUS-BRA."""
     ours, reference = lite
-    ours.image_encoder.fused = fused
+    ours.image_encoder.hastens = fused
     image = ours.normalise(bus_images())
     box = torch.tensor([[0.2, 0.3, 0.7, 0.8]]).repeat(len(image), 1)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_litemedsam_answers_every_prompt_as_its_package(lite, kind):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_litemedsam_gradient_equals_its_package(lite, checkpointing):
     ours, reference = lite
-    ours.image_encoder.fused, ours.image_encoder.checkpointing = True, checkpointing
+    ours.image_encoder.hastens, ours.image_encoder.checkpointing = True, checkpointing
     reference.image_encoder.requires_grad_(False)
     image, gradients = torch.rand(1, 3, 256, 256), []
     for encoder in (ours.image_encoder, reference.image_encoder):

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ultrarefiner.extras import imported
+from ultrarefiner.models.image_encoder import ImageEncoder, run_block
 from ultrarefiner.models.sam_decoder import Embedding
-from ultrarefiner.models.sam_vit import run_block
 
 
 def sam2_model(config: str) -> Any:
@@ -47,19 +47,18 @@ def prepare_sam2(sam: Any, embedding: Embedding) -> tuple[Tensor, tuple[Tensor, 
     return embedding.image + sam.no_mem_embed[0, :, :, None, None], (decoder.conv_s0(quarter), decoder.conv_s1(half))
 
 
-class HieraEncoder(nn.Module):
+class HieraEncoder(ImageEncoder):
     """The publisher's `ImageEncoder`, holding the very same submodules under the same names.
 
-    `checkpointing` keeps one activation a block when gradients are asked for; the way back computes the rest again.
+    It gives the embedding (B,D,S/16,S/16), and the features at S/4 and S/8.
     """
 
     def __init__(self, encoder: Any, checkpointing: bool = False):
-        super().__init__()
+        super().__init__(checkpointing)
         self.trunk, self.neck = encoder.trunk, encoder.neck
-        self.scalp, self.checkpointing = encoder.scalp, checkpointing
+        self.scalp = encoder.scalp
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Embedding:
-        """Normalised image → embedding (B,D,S/16,S/16), and the features at S/4 and S/8."""
+    def _run(self, image: Float[Tensor, "B 3 S S"]) -> Embedding:
         x = self.trunk.patch_embed(image)
         x = x + self.trunk._get_pos_embed(x.shape[1:3])
         stages = []

@@ -1,6 +1,5 @@
 """TinyViT (Wu et al. 2022), the image encoder of LiteMedSAM, MobileSAM and SAM-HQ's tiny one, on their parameters."""
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
+from ultrarefiner.models.image_encoder import ImageEncoder, run_block
 from ultrarefiner.models.sam_decoder import Embedding
-from ultrarefiner.models.sam_vit import run_block
-from ultrarefiner.models.weights import in_memory_state
 
 
 def lite_model() -> Any:
@@ -61,35 +59,27 @@ class LiteAttention(nn.Module):
         return projected
 
 
-class LiteEncoder(nn.Module):
+class LiteEncoder(ImageEncoder):
     """TinyViT with the package's parameter names; normalised image (B,3,S,S) → (B,256,64,64).
 
-    With `fused`, a frozen encoder in evaluation mode runs on a private copy whose convolutions have taken up their
-    batch norms, in channels-last memory. The copy is no part of state_dict(), and is made anew when the weights change.
-    `checkpointing` keeps one activation a block when gradients are asked for.
+    With `fused`, the copy that a frozen encoder runs on has convolutions that have taken up their batch norms, in
+    channels-last memory.
     `early` gives SAM-HQ's features too: those behind the second stage.
     """
 
     def __init__(self, encoder: Any, fused: bool = True, checkpointing: bool = False, early: bool = False):
-        super().__init__()
+        super().__init__(checkpointing, hastens=fused)
         self.img_size = encoder.img_size
         self.patch_embed, self.layers, self.neck = encoder.patch_embed, encoder.layers, encoder.neck
         for unused in ("norm_head", "head"):  # TinyViT's classifier, which MobileSAM's files still hold
             if hasattr(encoder, unused):
                 setattr(self, unused, getattr(encoder, unused))
-        self.fused, self.checkpointing, self.early = fused, checkpointing, early
+        self.early = early
         for layer in self.layers[1:]:
             for block in layer.blocks:
                 block.attn = LiteAttention(block.attn)
-        self._copy: tuple[object, LiteEncoder] | None = None  # in a tuple: a module attribute would be registered
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
-        """Normalised image → embedding."""
-        frozen = not self.training and not any(parameter.requires_grad for parameter in self.parameters())
-        fused = self.fused and frozen and not torch.compiler.is_exporting()  # who runs the graph fuses by himself
-        return (self._fused_copy() if fused else self)._run(image)
-
-    def _run(self, image: Tensor) -> Tensor | Embedding:
+    def _run(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         x, stages = self.patch_embed(image), []
         for layer in self.layers:
             for block in layer.blocks:
@@ -104,17 +94,9 @@ class LiteEncoder(nn.Module):
         """The attention of every transformer block, each with Linear layers `qkv` and `proj`."""
         return [block.attn for layer in self.layers[1:] for block in layer.blocks]
 
-    def _fused_copy(self) -> "LiteEncoder":
-        state = in_memory_state(self)
-        if self._copy is None or self._copy[0] != state:
-            self._copy = None
-            with torch.inference_mode(False), torch.no_grad():
-                fused = copy.deepcopy(self)
-                _fuse(fused)
-                self._copy = (state, fused.to(memory_format=torch.channels_last))
-        fused = self._copy[1]
-        fused.checkpointing = self.checkpointing
-        return fused
+    def _hasten(self) -> None:
+        _fuse(self)
+        self.to(memory_format=torch.channels_last)
 
 
 def _on_a_grid(tokens: Float[Tensor, "B N C"]) -> Float[Tensor, "B C h w"]:

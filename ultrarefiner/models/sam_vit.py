@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ultrarefiner.models.image_encoder import ImageEncoder, run_block
 from ultrarefiner.models.sam_decoder import Embedding
 
 if TYPE_CHECKING:
@@ -79,8 +79,10 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor,
     rows, columns = by_row.shape[-1], by_column.shape[-1]
     images, group, step = batch, heads, tokens
     if tokens > PIECE:
-        images, step = 1, QUERY_ROWS * columns
+        images, step = 1, (QUERY_ROWS if query.dtype == torch.float32 else QUERY_ROWS // 2) * columns
         group = min(heads, max(1, torch.get_num_threads() // 2))  # work for every thread
+    if query.dtype == torch.bfloat16:
+        key, value = key.contiguous(), value.contiguous()
     buffer = by_row.new_empty(images, group, min(step, tokens), rows, columns)
     out = query.new_empty(batch, tokens, heads, depth)
     for image, head, start in product(range(0, batch, images), range(0, heads, group), range(0, tokens, step)):
@@ -88,9 +90,19 @@ def _attend_in_pieces(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor,
         part = (*these, slice(start, start + step))
         wide, tall = by_row[part].unsqueeze(-1), by_column[part].unsqueeze(-2)
         bias = torch.add(wide, tall, out=buffer[:, : wide.shape[1], : wide.shape[2]]).flatten(3)
-        piece = F.scaled_dot_product_attention(query[part], key[these], value[these], attn_mask=bias)
-        out[these[0], part[2], these[1]] = piece.transpose(1, 2)
+        out[these[0], part[2], these[1]] = _weigh(query[part], key[these], value[these], bias).transpose(1, 2)
     return out.transpose(1, 2)
+
+
+def _weigh(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """softmax(query·keyᵀ/√depth + bias)·value; `bias` is not needed any more."""
+    if query.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    # On a CPU the fused kernel gains nothing from bfloat16, and plain products take less than half of their time.
+    queries, keys, values = (x.flatten(0, 1) for x in (query * query.shape[-1] ** -0.5, key, value))
+    scores = bias.flatten(0, 1).baddbmm_(queries, keys.transpose(1, 2))
+    out: Tensor = (torch.softmax(scores, dim=-1) @ values).unflatten(0, query.shape[:2])
+    return out
 
 
 class _InPieces(torch.autograd.Function):
@@ -115,7 +127,8 @@ class _InPieces(torch.autograd.Function):
         scale = depth**-0.5
         inner = (grad * out).sum(-1, keepdim=True)
         d_query, d_row, d_column = (torch.empty_like(x) for x in (query, by_row, by_column))
-        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        wide = torch.promote_types(key.dtype, torch.float32)  # the sum of many pieces keeps its digits
+        d_key, d_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         for image, head in product(range(0, batch, images), range(0, heads, group)):
             these = (slice(image, image + images), slice(head, head + group))
             keys, values = key[these], value[these]
@@ -131,7 +144,7 @@ class _InPieces(torch.autograd.Function):
                 d_key[these].add_(d_scores.transpose(2, 3) @ queries)
                 d_scores = d_scores.view_as(scores)
                 d_row[part], d_column[part] = d_scores.sum(-1), d_scores.sum(-2)
-        return d_query, d_key, d_value, d_row, d_column
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_row, d_column
 
 
 def _attend_appended(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
@@ -218,25 +231,22 @@ def join_windows(x: Float[Tensor, "Bw N C"], side: int, height: int, width: int)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(ImageEncoder):
     """segment-anything's `ImageEncoderViT` with the blocks above; state_dict() has the same names and shapes.
 
-    `checkpointing` keeps one activation a block when gradients are asked for; the way back computes the rest again.
     `early` gives SAM-HQ's features too: those behind the first block without windows.
     """
 
     def __init__(self, encoder: "ImageEncoderViT", checkpointing: bool = False, early: bool = False):
-        super().__init__()
+        super().__init__(checkpointing)
         self.early = early
         self.img_size = encoder.img_size
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
         self.blocks = nn.ModuleList([ViTBlock(block) for block in encoder.blocks])
         self.neck = encoder.neck
-        self.checkpointing = checkpointing
 
-    def forward(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
-        """Normalised image → embedding."""
+    def _run(self, image: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C h w"] | Embedding:
         x = self.patch_embed(image)
         if self.pos_embed is not None:
             x = x + self.pos_embed
@@ -251,16 +261,3 @@ class ViTEncoder(nn.Module):
     def attentions(self) -> list[nn.Module]:
         """The attention of every block, each with Linear layers `qkv` and `proj`."""
         return [block.get_submodule("attn") for block in self.blocks]
-
-
-def run_block(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """block(x), with its activations computed again in the backward pass where `checkpointing` asks for it."""
-    if (
-        checkpointing
-        and torch.is_grad_enabled()
-        and (x.requires_grad or any(p.requires_grad for p in block.parameters()))
-    ):
-        x = checkpoint(block, x, use_reentrant=False)
-    else:
-        x = block(x)
-    return x

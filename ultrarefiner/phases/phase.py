@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.phases import losses
+from ultrarefiner.precision import FULL, computing
 from ultrarefiner.ranks import gather
 from ultrarefiner.results import metrics
 from ultrarefiner.settings import PARTS
@@ -76,6 +77,8 @@ class Phase(pl.LightningModule):
         self.epochs, self.batch_size = epochs, batch_size
         self.optimizer, self.decay, self.grad_clip = optimizer, decay, grad_clip
         self.seed = 0
+        self.precision = FULL
+        """In which `predict` computes, see `precision.computing`."""
         self.carried: dict[str, Any] = {}
         """What every checkpoint says of itself, see `runs.checkpoints.about`."""
         self.measured = True
@@ -125,7 +128,8 @@ class Phase(pl.LightningModule):
             else value
             for name, value in batch.items()
         }
-        return (draw or self.masks)(here)
+        with computing(self.precision, weight.device.type):
+            return (draw or self.masks)(here)
 
     @property
     def monitor(self) -> str:

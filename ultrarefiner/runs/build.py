@@ -214,7 +214,7 @@ def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -
         phase.optimizer(phase.groups())  # its arguments are wrong now or after an hour of earlier phases
     except (TypeError, ValueError) as error:
         raise UserError(f"phase.optimizer: {cfg.phase.optimizer._target_} says: {error}") from error
-    phase.seed = cfg.seed
+    phase.seed, phase.precision = cfg.seed, cfg.trainer.precision
     return phase
 
 

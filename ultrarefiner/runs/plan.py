@@ -23,6 +23,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.precision import FULL, fastest
 from ultrarefiner.results.tables import read_result
 from ultrarefiner.runs.build import build_data, build_store, find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
@@ -75,6 +76,8 @@ class Run:
         """What it is called for people."""
         cfg = self.cfg
         title = f"{cfg.phase.name} · {cfg.dataset.name} · {cfg.model.name} · fold {cfg.fold} · seed {cfg.seed}"
+        if cfg.trainer.precision != FULL:
+            title += f" · {cfg.trainer.precision}"
         if cfg.dataset.without is not None:
             title += " · without part {} of {}".format(*cfg.dataset.without)
         return title
@@ -145,16 +148,32 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
             "phase.masks=FOLDER, or choose a network such as model/coarse=lite"
         )
     _fetch(cfg, parts)
+    asked = cfg.trainer.precision
+    cfg.trainer.precision = _precision(cfg, SAM in parts)
     data = build_data(cfg, kind, store)
     settings = defining(cfg, parts, Config) | {"data": store.fingerprint}
     if code := sources(settings):
         settings["code"] = code
     directory = run_directory(cfg, settings)
     if directory not in found:
-        earlier = {name: _add(earlier_phase(cfg, name), store, found) for name in _starts(cfg.phase)}
-        predictors = tuple(_add(part, store, found) for part in (_parts(cfg) if predicted else ()))
+        before = [(name, earlier_phase(cfg, name)) for name in _starts(cfg.phase)]
+        without = list(_parts(cfg)) if predicted else []
+        for other in (*(phase for _, phase in before), *without):
+            other.trainer.precision = asked  # the fastest for this phase need not be theirs
+        earlier = {name: _add(phase, store, found) for name, phase in before}
+        predictors = tuple(_add(part, store, found) for part in without)
         found[directory] = Run(cfg, kind, data, settings, directory, earlier, predictors)
     return found[directory]
+
+
+def _precision(cfg: DictConfig, refines: bool) -> str:
+    """The precision that was asked for; in the place of `auto` the fastest one here."""
+    t = cfg.trainer
+    if t.precision != AUTO:
+        return str(t.precision)
+    cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = "cuda" if cuda else "mps" if t.accelerator == "mps" else "cpu"
+    return fastest(device, cfg.model.image_size if refines else 0)
 
 
 def _fetch(cfg: DictConfig, parts: Collection[str]) -> None:
@@ -217,15 +236,12 @@ def _take_shipped(cfg: DictConfig) -> None:
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
-    """The configuration without what the phase does not use, which must not define its result, and with the precision.
+    """The configuration without what the phase does not use, which must not define its result.
 
     Raises:
         UserError: settings contradict each other.
     """
     cfg = copy.deepcopy(cfg)
-    if cfg.trainer.precision == "auto":
-        gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        cfg.trainer.precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     if cfg.phase.ema_decay is not None and cfg.protection.guard is not None and cfg.phase.name == "e2e":
         raise UserError("protection.guard restores weights, phase.ema_decay averages them; give one of them")
     _take_shipped(cfg)
