@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose
 from PIL import Image
 from torch import Tensor
 
+from conftest import compose
 from ultrarefiner import precision
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.sam import Sam, load_sam
