@@ -68,6 +68,19 @@ def inference(figures: Figures) -> str:
     return _against(figures, "naive", {"ours": (0.65, 2.5)})
 
 
+def bfloat16(figures: Figures) -> str:
+    """Sixteen bits against 32."""
+    goals = {"encoder of vit_b": 0.5, "encoder of litemedsam": 0.42, "inference, lite": 0.5, "inference, base": 0.55}
+    rows = []
+    for name, found in figures.items():
+        full, half = found["32-true"], found["bf16-mixed"]
+        ratios = [half[clock] / full[clock] for clock in ("seconds", "processor")]
+        memory = [f"{row['peak_gb']:.2f}" for row in (full, half)]
+        seconds = [f"{row['seconds']:.2f}" for row in (full, half)]
+        rows.append([name, *seconds, within(ratios[0], goals.get(name, 0.6)), f"{ratios[1]:.2f}", *memory])
+    return table(["", "s, float32", "s, bfloat16", "ratio", "of processor s", "peak GB, float32", "bfloat16"], rows)
+
+
 def _against(figures: Figures, reference: str, goals: dict[str, tuple[float | None, float | None]]) -> str:
     rows = []
     for name, row in figures.items():
@@ -163,6 +176,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
         step,
     ),
     "inference": ("Inference", "model=base, roi=on, one image, both networks; the same reference.", inference),
+    "bfloat16": (
+        "bfloat16 on a processor that has it",
+        "`trainer.precision=bf16-mixed` against `32-true`, both ours, each pair in turn; roi=on, batch 1. `auto` takes "
+        "it where a product of a probe is faster in it (`ultrarefiner/precision.py`).",
+        bfloat16,
+    ),
     "masks_per_image": (
         "Several masks share a crop (`phase.masks_per_image`)",
         "Whole training steps of Phase 2, model=lite, roi=on, batch 4; a sample is a simulated mask.",

@@ -25,6 +25,7 @@ from measure import Apart, Figures, in_turn, machine, summary
 from page import page
 
 from ultrarefiner.files import write_atomically
+from ultrarefiner.precision import FULL, HALF, PAYS_FROM, fastest
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 3
@@ -50,6 +51,19 @@ def inference(repeats: int) -> Figures:
     """One image through both networks."""
     naive = {"naive": (steps.naive_inference,), "naive, memory kept": (steps.naive_inference, True)}
     return in_turn(naive | {"ours": (steps.our_inference,)}, repeats, warm=1)
+
+
+def bfloat16(repeats: int) -> Figures:
+    """Ours in 16 bits against ours in 32: each pair in turn."""
+    made = {
+        "encoder of vit_b": (sam_encoder.in_precision, "vit_b"),
+        "encoder of litemedsam": (sam_encoder.in_precision, "litemedsam"),
+        "training step, base, exact": (steps.our_step, steps.OURS["exact"]),
+        "training step, base, frozen": (steps.our_step, steps.OURS["frozen"]),
+        "inference, base": (steps.our_inference, "base"),
+        "inference, lite": (steps.our_inference, "lite"),
+    }
+    return {name: in_turn({form: (*one, form) for form in (FULL, HALF)}, repeats, warm=1) for name, one in made.items()}
 
 
 def masks_per_image(repeats: int) -> Figures:
@@ -107,6 +121,7 @@ SECTIONS: dict[str, Callable[[int], Figures]] = {
     "encoder": encoder,
     "step": step,
     "inference": inference,
+    "bfloat16": bfloat16,
     "masks_per_image": masks_per_image,
     "embeddings": embeddings,
     "simulation": simulation,
@@ -131,6 +146,9 @@ def main() -> None:
     found = json.loads(kept.read_text()) if kept.is_file() else {}
     for name in [] if options.page else options.sections or SECTIONS:
         if name == "gpu" and not torch.cuda.is_available():
+            continue
+        if name == "bfloat16" and fastest("cpu", PAYS_FROM) != HALF:
+            print("bfloat16: this processor does not compute in it")
             continue
         print(name, flush=True)
         began = time.perf_counter()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ultrarefiner.models.sam import load_sam
+from ultrarefiner.precision import computing
 from ultrarefiner.runs.callbacks import keep_pages
 
 
@@ -109,6 +110,19 @@ def calls(name: str, family: str, exact: bool) -> Repeat:
 
     def once() -> None:
         call(encoder, image, exact)
+
+    return once
+
+
+def in_precision(family: str, precision: str) -> Repeat:
+    """Ours, without gradients, in a precision."""
+    encoder = kept(own_encoder)(family)
+    image = example(encoder)
+
+    @torch.inference_mode()
+    def once() -> None:
+        with computing(precision, "cpu"):
+            encoder(image)
 
     return once
 

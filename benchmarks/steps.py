@@ -18,6 +18,7 @@ from ultrarefiner.data.images import mask_to_square, to_square
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.phases.e2e import E2EPhase
+from ultrarefiner.precision import FULL, computing
 from ultrarefiner.runs.build import build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
@@ -41,15 +42,15 @@ def batch_of(images: int, device: str = "cpu") -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def our_phase(gradient: list[str], device: str = "cpu") -> E2EPhase:
+def our_phase(gradient: list[str], device: str = "cpu", model: str = "base") -> E2EPhase:
     """Phase 3 as configured, with random weights."""
-    cfg = configuration("model=base", "roi=on", "phase=e2e", "+model.sam.random_init=true", *gradient)
+    cfg = configuration(f"model={model}", "roi=on", "phase=e2e", "+model.sam.random_init=true", *gradient)
     phase = build_phase(cfg, E2EPhase, {}).to(device)
     assert isinstance(phase, E2EPhase)
     return phase
 
 
-def our_step(gradient: list[str]) -> Repeat:
+def our_step(gradient: list[str], precision: str = FULL) -> Repeat:
     """A training step in one of the gradient modes."""
     keep_pages()
     phase, batch = our_phase(gradient).train(), batch_of(1)
@@ -57,21 +58,24 @@ def our_step(gradient: list[str]) -> Repeat:
 
     def step() -> None:
         optimizer.zero_grad()
-        phase.terms(batch)["loss"].backward()
+        with computing(precision, "cpu"):
+            loss = phase.terms(batch)["loss"]
+        loss.backward()
         nn.utils.clip_grad_norm_(phase.parameters(), 1.0)
         optimizer.step()
 
     return step
 
 
-def our_inference() -> Repeat:
+def our_inference(model: str = "base", precision: str = FULL) -> Repeat:
     """The final mask of one image, in its frame."""
     keep_pages()
-    phase, batch = our_phase([]).eval(), batch_of(1)
+    phase, batch = our_phase([], model=model).eval(), batch_of(1)
 
     @torch.inference_mode()
     def infer() -> None:
-        phase.masks(batch)
+        with computing(precision, "cpu"):
+            phase.masks(batch)
 
     return infer
 
