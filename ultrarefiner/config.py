@@ -116,8 +116,7 @@ class ModelConfig:
     gradient: str = setting("exact", of=(BRIDGE,), one_of=("exact", "frozen"))
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
     cache_embeddings: bool = setting(False, of=(SAM,))
-    """Keep the image embeddings on disk, in float16, so that each image is encoded once and not once an epoch. For
-    roi=off and a frozen image encoder; and for phase.augment=false, as an augmented image never comes again."""
+    """Keep the embeddings of whole frames (roi=off, phase.augment=false, a frozen encoder) on disk, in float16."""
     selection_temperature: float = setting(0.1, of=(SAM,), above=0)
     roi: RoiDefaults = setting(RoiDefaults, result=False)
     prompts: PromptDefaults = setting(PromptDefaults, result=False)
@@ -236,6 +235,8 @@ class SamPhaseConfig(PhaseConfig):
     """What simulates the coarse masks."""
     masks_per_image: int = setting(1, argument=False, at_least=1)
     """So many simulated masks of a training case share one crop; a step has batch_size·masks_per_image masks."""
+    crops: int | None = setting(None, argument=False, at_least=1)
+    """So many augmented crops of each training case take turns over the epochs; their embeddings are kept."""
     masks: str | None = setting(None, argument=False)
     """A folder of coarse masks, see `data.mask_files`; null simulates new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
@@ -247,8 +248,7 @@ class SamPhaseConfig(PhaseConfig):
     validation and test cases take a real one as well: they then choose and measure what Phase 3 starts from."""
     parts: int = setting(4, argument=False, at_least=2)
     """Into how many parts the training cases are cut for that: so many networks are trained as in Phase 1."""
-    coarse: Any = setting(None, argument=False)
-    """How they are trained; null where none is needed."""
+    coarse: Any = setting(None, argument=False)  # how they are trained; null where none is needed
 
 
 @dataclass

@@ -196,6 +196,46 @@ def test_training_reads_what_it_wrote_and_a_warm_cache_changes_nothing(tmp_path)
     assert [float(loss) for loss in losses[0]] == pytest.approx(expected, abs=2e-3)
 
 
+BANK = [*CACHED[:1], CACHED[-1], "roi=on", "phase.masks_per_image=4", "phase.batch_size=4"]
+
+
+def test_crops_take_turns(tmp_path):
+    """Of three epochs the third shows the first one's images and boxes again, with coarse masks of its own."""
+    cfg = compose(f"output_root={tmp_path}", *BANK, "phase.crops=2")
+    data = build.build_data(cfg, SamPhase)
+    cases = data.dataset("train", augment=data.augment)
+    first, second, third = (cases[epoch, 5] for epoch in range(3))
+    for name in ("image", "mask", "coarse_mask", "where", "margins"):
+        assert torch.equal(third[name], first[name]), name
+        assert not torch.equal(second[name], first[name]), name
+    assert torch.equal(first["where"], first["prob"]) and not torch.equal(third["prob"], first["prob"])
+    assert "where" not in data.dataset("val")[0]
+    new = build.build_data(compose(f"output_root={tmp_path}", *BANK), SamPhase)
+    anew = new.dataset("train", augment=new.augment)[2, 5]
+    assert not torch.equal(anew["image"], third["image"]) and anew["prob"].shape == third["prob"].shape
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_crop_that_comes_again_is_not_encoded_again(tmp_path, monkeypatch, crops):
+    """Whatever the order of the cases and the batch they come in: the crop is the same to the bit."""
+    met: list[int] = []
+    encode = Sam._encode
+    monkeypatch.setattr(Sam, "_encode", lambda sam, image: (met.append(len(image)), encode(sam, image))[1])
+    directory = run(compose(f"output_root={tmp_path}", *BANK, f"phase.crops={crops}", "phase.epochs=5"))
+    assert len(entries(tmp_path / "cache" / "embeddings")) == sum(met) == 12 * crops + 4 + 4  # train, val, test
+    losses = [float(row["train/loss"]) for row in csv.DictReader((directory / "metrics.csv").open())]
+    assert len(set(losses)) == 5  # other masks in each epoch
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [("model.train.image_encoder=true", "image encoder is trained"), ("model.lora.rank=2", "model.lora.rank=0")],
+)
+def test_crops_of_a_trained_encoder_are_refused(override, reason):
+    with pytest.raises(UserError, match=f"phase.crops=3 is of no use here: .*{reason}"):
+        build.build_phase(compose(*BANK, "phase.crops=3", override), SamPhase, {})
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [

@@ -46,6 +46,7 @@ class DataModule(pl.LightningDataModule):
             and all of them in the others.
         masks: files that take the place of simulated predictions in the parts that they are of.
         masks_per_image: K, coarse predictions of one training case in a batch; val and test have one each.
+        crops: so many changed versions of a training case take turns, see `dataset.Cases`; None: new ones for ever.
         frame: False leaves out the images at S (Phase 1 needs only C).
         limit: the most cases of each part, for short runs.
         without: [part, parts] leaves one of several parts out of the training cases, see `folds.hold_out`.
@@ -69,6 +70,7 @@ class DataModule(pl.LightningDataModule):
         predictions: Predictions | None = None,
         masks: MaskFiles | None = None,
         masks_per_image: int = 1,
+        crops: int | None = None,
         frame: bool = True,
         limit: Limits | Mapping[str, int | None] | None = None,
         include_normal: bool = False,
@@ -87,7 +89,7 @@ class DataModule(pl.LightningDataModule):
         self.simulator, self.predictions, self.masks = simulator, predictions, masks
         if masks_per_image < 1:
             raise UserError(f"phase.masks_per_image={masks_per_image} leaves nothing to refine: give 1 or more.")
-        self.masks_per_image = masks_per_image
+        self.masks_per_image, self.crops = masks_per_image, crops
         self.limit = limit
         if without is not None and len(without) != 2:
             raise UserError(f"dataset.without={list(without)} is no part: give [part, parts].")
@@ -200,12 +202,14 @@ class DataModule(pl.LightningDataModule):
 
     def dataset(self, part: str, augment: Augment | None = None, native: bool = False) -> Cases:
         """The items of "train", "val", "test" or "held"."""
-        predictions, several = self.predictions, self.masks_per_image
+        predictions, several, crops = self.predictions, self.masks_per_image, self.crops
         if part != "train":
-            predictions, several = predictions and replace(predictions, ratio=1.0), 1
+            predictions, several, crops = predictions and replace(predictions, ratio=1.0), 1, None
         cases = self.split.part(part)  # it also finds the masks
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
-        return Cases(cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files)
+        return Cases(
+            cases, self._source, self.seed, augment, self.simulator, predictions, native, several, files, crops
+        )
 
     def _loader(self, data: Cases, batch_size: int, shuffle: bool) -> DataLoader[dict[str, Any]]:
         processes = ranks.size()

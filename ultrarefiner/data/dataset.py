@@ -54,6 +54,9 @@ class Cases(Dataset[dict[str, Any]]):
         files: masks that take the place of simulated ones, and the part they are of.
         native: add the mask at the size of its image.
         masks_per_image: K, simulated predictions of one (changed) case.
+        crops: so many changed versions of a case take turns over the epochs, each shown in the same crop again; None
+            changes it anew in every epoch. "where" (K, C, C) and "margins" (4,) in [0, 1] then say which crop: that
+            around the predictions which the version came with first.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Cases(Dataset[dict[str, Any]]):
         native: bool = False,
         masks_per_image: int = 1,
         files: tuple[MaskFiles, str] | None = None,
+        crops: int | None = None,
     ) -> None:
+        self.crops = crops
         self.cases = tuple(cases)
         self.source = source
         self.seed = seed
@@ -84,6 +89,7 @@ class Cases(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
         """The item of (epoch, index); a plain index means epoch 0."""
         epoch, index = (0, key) if isinstance(key, int) else key
+        version = epoch if self.crops is None else epoch % self.crops
         case = self.cases[index]
         position = self.source.positions[case.key]
         pairs = {"coarse_": (self.source.coarse.image(position), self.source.coarse.mask(position))}
@@ -91,7 +97,7 @@ class Cases(Dataset[dict[str, Any]]):
             pairs[""] = (self.source.full.image(position), self.source.full.mask(position))
         change = None
         if self.augment is not None:
-            change = self.augment.draw(np.random.default_rng([self.seed, epoch, index]), pairs["coarse_"][1])
+            change = self.augment.draw(np.random.default_rng([self.seed, version, index]), pairs["coarse_"][1])
             pairs = {prefix: change(image, mask) for prefix, (image, mask) in pairs.items()}
         aspect = torch.tensor(self.source.aspects[position], dtype=torch.float32)
         item: dict[str, Any] = {"index": index, "id": case.id, "aspect": aspect}
@@ -99,13 +105,23 @@ class Cases(Dataset[dict[str, Any]]):
             item[f"{prefix}image"] = as_tensor(image)
             item[f"{prefix}mask"] = torch.from_numpy(mask.astype(np.float32))[None]
         if self.simulator is not None or self.predictions is not None:
-            several = range(index * self.masks_per_image, (index + 1) * self.masks_per_image)
-            seeds = [failure_seed(self.seed, epoch, number) for number in several]
-            probs = [self._prob(case, pairs["coarse_"][1], change, seed) for seed in seeds]
-            item["prob"] = torch.from_numpy(np.stack(probs).astype(np.float32, copy=False))
+            item["prob"] = self._probs(index, pairs["coarse_"][1], change, epoch)
+            if self.crops is not None:
+                again = version != epoch
+                item["where"] = self._probs(index, pairs["coarse_"][1], change, version) if again else item["prob"]
+                margins = np.random.default_rng([self.seed, version, index, 2]).random(4, dtype=np.float32)
+                item["margins"] = torch.from_numpy(margins)
         if self.native:
             item["native_mask"] = self.source.native.mask(position)
         return item
+
+    def _probs(
+        self, index: int, mask: Bool[np.ndarray, "C C"], change: Change | None, epoch: int
+    ) -> Float[torch.Tensor, "K C C"]:
+        several = range(index * self.masks_per_image, (index + 1) * self.masks_per_image)
+        seeds = [failure_seed(self.seed, epoch, number) for number in several]
+        probs = [self._prob(self.cases[index], mask, change, seed) for seed in seeds]
+        return torch.from_numpy(np.stack(probs).astype(np.float32, copy=False))
 
     def _prob(
         self, case: Case, mask: Bool[np.ndarray, "C C"], change: Change | None, seed: int

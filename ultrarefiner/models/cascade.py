@@ -77,13 +77,13 @@ class Cascade(nn.Module):
         self,
         image: Float[Tensor, "B 1 S S"],
         coarse_logit: Float[Tensor, "P 1 C C"],
-        margins: Float[Tensor, "B 4"] | None = None,
+        boxes: Float[Tensor, "B 4"] | None = None,
         aspect: Float[Tensor, " B"] | None = None,
     ) -> Refinement:
         """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
         coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
-        refined: Refinement = self.refiner(image, torch.sigmoid(coarse_logit), margins, aspect)
+        refined: Refinement = self.refiner(image, torch.sigmoid(coarse_logit), boxes, aspect)
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)

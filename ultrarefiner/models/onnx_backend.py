@@ -45,11 +45,11 @@ class OnnxCascade(Cascade):
         self,
         image: Float[Tensor, "B 1 S S"],
         coarse_logit: Float[Tensor, "B 1 C C"],
-        margins: Float[Tensor, "B 4"] | None = None,
+        boxes: Float[Tensor, "B 4"] | None = None,
         aspect: Float[Tensor, " B"] | None = None,
     ) -> Refinement:
-        """See `Cascade.refine`; one mask for each image, and no margins, which only a training has."""
-        assert margins is None
+        """See `Cascade.refine`; one mask for each image, and no box of its own, which only a training has."""
+        assert boxes is None
         aspect = torch.ones(len(image)) if aspect is None else aspect
         given = {"coarse_logit": coarse_logit, "image": image, "aspect": aspect}
         logits, boxes, iou = _run(self._drawing, given)

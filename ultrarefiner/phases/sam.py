@@ -70,8 +70,13 @@ class SamPhase(Phase):
         images, several = batch["prob"].shape[:2]
         coarse = batch["prob"].flatten(0, 1)[:, None]
         target, coarse_target = (batch[name].repeat_interleave(several, dim=0) for name in ("mask", "coarse_mask"))
-        margins = MARGIN * torch.rand(images, 4).to(coarse) if several > 1 else None
-        refined = self.cascade.refine(batch["image"], soft_logit(coarse), margins, batch["aspect"])
+        assert self.cascade.refiner is not None
+        where, margins = batch.get("where", batch["prob"]).flatten(0, 1)[:, None], batch.get("margins")
+        if margins is None and several > 1:
+            margins = torch.rand(images, 4).to(coarse)
+        margins = None if margins is None else MARGIN * margins
+        boxes = self.cascade.refiner.look(torch.sigmoid(soft_logit(where)), images, margins, batch["aspect"])
+        refined = self.cascade.refine(batch["image"], soft_logit(coarse), boxes, batch["aspect"])
         prob, pixel = refined.logits.sigmoid(), losses.pixel_bce(refined.logits, target)
         terms = {
             "bce": pixel.mean(),

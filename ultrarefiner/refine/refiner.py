@@ -96,6 +96,25 @@ class Refiner(nn.Module):
         self.selection_temperature = selection_temperature
         self.gradient = gradient
 
+    def look(
+        self,
+        prob: Float[Tensor, "P 1 h w"],
+        images: int | torch.SymInt,
+        margins: Float[Tensor, "B 4"] | None = None,
+        aspect: Float[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B 4"]:
+        """One box for each of B = `images` images, that holds what all its P / B neighbouring maps propose.
+
+        Args:
+            prob: coarse probability maps in [0, 1].
+            margins: see `roi.covering`.
+            aspect: native width / height of each image, where the ROI keeps it; None: square images.
+        """
+        several = 1 if torch.compiler.is_exporting() else len(prob) // images  # a graph has one map for each image
+        aspect = precise(prob).new_ones(images) if aspect is None else aspect
+        single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
+        return covering(single, images, margins, aspect if self.roi.keeps_aspect else None)
+
     def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Any:
         """The embedding of what each box shows, taken from the frame at its native detail."""
         if self.gradient == "exact":
@@ -115,7 +134,7 @@ class Refiner(nn.Module):
         self,
         image: Float[Tensor, "B 1 S S"],
         prob: Float[Tensor, "P 1 h w"],
-        margins: Float[Tensor, "B 4"] | None = None,
+        boxes: Float[Tensor, "B 4"] | None = None,
         aspect: Float[Tensor, " B"] | None = None,
     ) -> Refinement:
         """Redraw the masks that `prob` proposes: P = B, one for each image; or P = B·n, n neighbouring ones for each.
@@ -125,7 +144,7 @@ class Refiner(nn.Module):
         Args:
             image: the frame in [0, 1], S × S pixels.
             prob: the coarse probability maps in [0, 1], at the coarse network's resolution.
-            margins: see `roi.covering`.
+            boxes: where to look, see `look`; None: there where the maps themselves say.
             aspect: native width / height of each image, where the ROI keeps it; None: square images.
 
         Raises:
@@ -134,10 +153,8 @@ class Refiner(nn.Module):
         if not torch.compiler.is_exporting() and len(prob) % len(image):
             raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        several = 1 if torch.compiler.is_exporting() else len(prob) // len(image)  # a graph has one map for each image
-        aspect = precise(prob).new_ones(image.shape[0]) if aspect is None else aspect
-        single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
-        shared = covering(single, image.shape[0], margins, aspect if self.roi.keeps_aspect else None)
+        several = 1 if torch.compiler.is_exporting() else len(prob) // len(image)
+        shared = self.look(prob, image.shape[0], aspect=aspect) if boxes is None else boxes
         boxes = shared.repeat_interleave(several, dim=0)
         seen, within = crop(prob, boxes, sam.mask_size), None
         if self.roi.keeps_aspect:  # what lies outside the image is background, and no place for a prompt
