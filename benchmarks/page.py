@@ -115,6 +115,11 @@ def masks_per_image(figures: Figures) -> str:
     return _rates(figures, "K=1", 4, "K=8")
 
 
+def crops(figures: Figures) -> str:
+    """Crops that come again against new ones."""
+    return _rates(figures, "new crops", 2.5, "crops=1, bfloat16" if "crops=1, bfloat16" in figures else "crops=1")
+
+
 def embeddings(figures: Figures) -> str:
     """The second epoch against the first."""
     return _rates(figures, "first", 6, "second") + "\n\n`plain`: an epoch without the cache, which encodes in batches."
@@ -186,6 +191,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
         "Several masks share a crop (`phase.masks_per_image`)",
         "Whole training steps of Phase 2, model=lite, roi=on, batch 4; a sample is a simulated mask.",
         masks_per_image,
+    ),
+    "crops": (
+        "Crops that take turns (`phase.crops`)",
+        "Epochs of Phase 2, model=lite, roi=on, batch 4, eight masks a crop, augmentation on; after the first epoch, "
+        "which fills an empty cache. How many crops a long training needs was not measured.",
+        crops,
     ),
     "embeddings": (
         "Embeddings that are kept (`model.cache_embeddings`)",

@@ -73,6 +73,16 @@ def masks_per_image(repeats: int) -> Figures:
         return in_turn(made, repeats, warm=1)
 
 
+def crops(repeats: int) -> Figures:
+    """Epochs of Phase 2 whose crops come again, after the first, against new crops in every epoch."""
+    kinds = {"new crops": [], "crops=1": ["phase.crops=1"]}
+    if fastest("cpu", PAYS_FROM) == HALF:
+        kinds |= {f"{name}, bfloat16": [*more, f"trainer.precision={HALF}"] for name, more in list(kinds.items())}
+    with tempfile.TemporaryDirectory() as root:
+        made = {name: (phase2.epochs, phase2.turns(*more), root) for name, more in kinds.items()}
+        return in_turn(made, repeats, warm=1)
+
+
 def embeddings(repeats: int, cases: int = 48) -> Figures:
     """Phase 2 with embeddings that are kept: each repeat begins with an empty cache."""
     rows: dict[str, list] = {"first": [], "second": []}
@@ -123,6 +133,7 @@ SECTIONS: dict[str, Callable[[int], Figures]] = {
     "inference": inference,
     "bfloat16": bfloat16,
     "masks_per_image": masks_per_image,
+    "crops": crops,
     "embeddings": embeddings,
     "simulation": simulation,
     "scaling": scaling,

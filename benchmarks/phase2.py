@@ -18,6 +18,7 @@ from measure import Repeat, configuration
 from torch import nn
 
 from ultrarefiner.phases.phase import Phase
+from ultrarefiner.precision import computing
 from ultrarefiner.runs.build import build_data, build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
@@ -58,7 +59,9 @@ class Training:
         batch = self.load()
         loading = time.perf_counter() - start
         self.optimizer.zero_grad()
-        self.phase.terms(batch)["loss"].backward()
+        with computing(self.phase.precision, "cpu"):  # auto computes in float32 here
+            loss = self.phase.terms(batch)["loss"]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.phase.parameters(), 1.0)
         self.optimizer.step()
         samples = batch["prob"].shape[:2].numel() if "prob" in batch else len(batch["id"])
@@ -88,6 +91,11 @@ def epochs(overrides: list[str], root: str) -> Repeat:
 def shared_crop(masks: int) -> list[str]:
     """Phase 2 with ROI and several masks a crop."""
     return ["model=lite", "phase=sam", "roi=on", "dataset.reader.cases=60", f"phase.masks_per_image={masks}"]
+
+
+def turns(*more: str) -> list[str]:
+    """Phase 2 with ROI, eight masks a crop, and whole batches in each epoch."""
+    return [*shared_crop(8), "dataset.limit.train=28", *more]
 
 
 def full_frame(cached: bool, cases: int) -> list[str]:
