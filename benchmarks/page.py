@@ -199,7 +199,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
         crops,
     ),
     "embeddings": (
-        "Embeddings that are kept (`model.cache_embeddings`)",
+        "Whole frames that come again (`phase.crops=1 phase.augment=false roi=off`)",
         "Epochs of Phase 2, model=lite, roi=off, dataset.augment=null, batch 4; the first fills an empty cache, the "
         "second finds all its images in it.",
         embeddings,

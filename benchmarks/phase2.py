@@ -103,7 +103,7 @@ def full_frame(cached: bool, cases: int) -> list[str]:
     common = ["model=lite", "phase=sam", "roi=off", "dataset.augment=null", f"dataset.reader.cases={cases}"]
     # Whole batches: the few images that an epoch leaves out would be new to the next one.
     common.append("dataset.limit.train=28")
-    return [*common, f"model.cache_embeddings={str(cached).lower()}"]
+    return [*common, f"phase.crops={1 if cached else 'null'}"]
 
 
 def experiment(images: int, epochs: int) -> Repeat:

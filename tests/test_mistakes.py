@@ -270,8 +270,8 @@ model.lora.rank=1 model.lora.blocks=-1              → lora blocks=-1
 model.gradient=half                                 → model\.gradient must be one of exact, frozen
 model.frame=crop                                    → model\.frame must be one of pad, stretch
 model.selection_temperature=0                       → model\.selection_temperature must be more than 0
-model.cache_embeddings=true                         → model\.cache_embeddings=true.*roi=off
-model.cache_embeddings=true roi=off                 → model\.cache_embeddings=true.*phase\.augment=false
+phase.crops=2                                       → phase\.crops=2 is of no use here.*roi=off
+phase.crops=0                                       → phase\.crops must be at least 1
 model.schedule.coarse.lr=nan                        → model\.schedule\.coarse\.lr must be finite
 model.schedule.coarse.optimizer=foo.Bar phase=coarse → phase\.optimizer\._target_=foo\.Bar
 model.schedule.sam.epochs=-1                        → phase\.sam\.epochs must be 1 or more

@@ -115,8 +115,6 @@ class ModelConfig:
     """Recompute the image encoder's activations in the backward pass: less memory, more time, the same result."""
     gradient: str = setting("exact", of=(BRIDGE,), one_of=("exact", "frozen"))
     """exact | frozen: whether the gradient to the coarse mask passes through the image encoder."""
-    cache_embeddings: bool = setting(False, of=(SAM,))
-    """Keep the embeddings of whole frames (roi=off, phase.augment=false, a frozen encoder) on disk, in float16."""
     selection_temperature: float = setting(0.1, of=(SAM,), above=0)
     roi: RoiDefaults = setting(RoiDefaults, result=False)
     prompts: PromptDefaults = setting(PromptDefaults, result=False)
@@ -236,7 +234,7 @@ class SamPhaseConfig(PhaseConfig):
     masks_per_image: int = setting(1, argument=False, at_least=1)
     """So many simulated masks of a training case share one crop; a step has batch_size·masks_per_image masks."""
     crops: int | None = setting(None, argument=False, at_least=1)
-    """So many augmented crops of each training case take turns over the epochs; their embeddings are kept."""
+    """So many augmented crops of each training case take turns over the epochs; their embeddings are kept on disk."""
     masks: str | None = setting(None, argument=False)
     """A folder of coarse masks, see `data.mask_files`; null simulates new ones in every epoch."""
     softness: str | None = setting(None, argument=False, one_of=(None, "fit"))
@@ -266,6 +264,8 @@ class E2EPhaseConfig(PhaseConfig):
     grad_clip: float | None = setting(1.0, above=0)
     coarse_checkpoint: str | None = setting(None, argument=False)
     sam_checkpoint: str | None = setting(None, argument=False)
+    crops: int | None = setting(None, argument=False, at_least=1)
+    """As in Phase 2; with roi=off only, as else the crop follows the coarse network."""
     coarse: CoarsePhaseConfig = setting(CoarsePhaseConfig, argument=False)
     sam: SamPhaseConfig = setting(SamPhaseConfig, argument=False)
 
@@ -319,7 +319,7 @@ class TrainerConfig:
     save_minutes: float = setting(15.0, result=False, at_least=0)
     """Save inside an epoch when nothing was saved for so long (0: after each step); its end is always saved."""
     embeddings_gb: float = setting(10.0, result=False, at_least=0)
-    """The most that model.cache_embeddings may take on disk, of all runs that share output_root."""
+    """The most that phase.crops may take on disk, of all runs that share output_root."""
     progress_bar: bool = setting(True, result=False)
 
 

@@ -330,7 +330,7 @@ def _untrained(cfg: Any, networks: Mapping[str, Path] = MappingProxyType({})) ->
     assert isinstance(cfg, DictConfig)
     with open_dict(cfg):
         cfg.model.coarse_weights = None
-        cfg.model.cache_embeddings = False
+        cfg.phase.crops = None
         if cfg.model.sam._target_ == "ultrarefiner.models.sam.load_sam":
             cfg.model.sam = {**cfg.model.sam, "checkpoint": None, "random_init": True}
     kind: type[Phase] = get_class(cfg.phase._target_)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.utils import get_class
 from torch import Tensor
 
 from conftest import compose
@@ -178,7 +179,7 @@ def test_two_processes_share_a_folder(folder):
 def test_training_reads_what_it_wrote_and_a_warm_cache_changes_nothing(tmp_path):
     cold, warm = tmp_path / "cold", tmp_path / "warm"
     two_epochs = ["phase.epochs=2", "phase.batch_size=4"]
-    options = [*CACHED, "model.cache_embeddings=true", *two_epochs]
+    options = [*CACHED, "phase.crops=1", *two_epochs]
     first = run(compose(f"output_root={cold}", *options))
     files = entries(cold / "cache" / "embeddings")
     assert len(files) == 20  # train 12, val 4, test 4: each once
@@ -228,25 +229,25 @@ def test_a_crop_that_comes_again_is_not_encoded_again(tmp_path, monkeypatch, cro
 
 
 @pytest.mark.parametrize(
-    ("override", "reason"),
-    [("model.train.image_encoder=true", "image encoder is trained"), ("model.lora.rank=2", "model.lora.rank=0")],
-)
-def test_crops_of_a_trained_encoder_are_refused(override, reason):
-    with pytest.raises(UserError, match=f"phase.crops=3 is of no use here: .*{reason}"):
-        build.build_phase(compose(*BANK, "phase.crops=3", override), SamPhase, {})
-
-
-@pytest.mark.parametrize(
-    ("override", "reason"),
+    ("overrides", "reason"),
     [
-        ("roi=on", "set roi=off"),
-        ("phase.augment=true", "set phase.augment=false"),
-        ("model.train.image_encoder=true", "image encoder is trained"),
-        ("model.lora.rank=2", "model.lora.rank=0"),
+        (["model.train.image_encoder=true"], "image encoder is trained"),
+        (["model.lora.rank=2"], "model.lora.rank=0"),
+        (["phase=e2e"], "the crop follows the coarse network, which changes; set roi=off"),
     ],
 )
-def test_it_is_refused_where_it_cannot_pay(override, reason):
-    kept = [option for option in CACHED if option.partition("=")[0] != override.partition("=")[0]]
-    cfg = compose(*kept, "model.cache_embeddings=true", override)
-    with pytest.raises(UserError, match=reason):
-        build.build_phase(cfg, SamPhase, {})
+def test_it_is_refused_where_it_cannot_pay(overrides, reason):
+    cfg = compose(*BANK[:3], "phase.crops=3", *overrides)
+    with pytest.raises(UserError, match=f"phase.crops=3 is of no use here: .*{reason}"):
+        build.build_phase(cfg, get_class(cfg.phase._target_), {})
+
+
+def test_phase_3_shows_whole_frames_in_turns(tmp_path):
+    """With roi=off the frame is the crop, also where it is augmented and the coarse network moves."""
+    cfg = compose(f"output_root={tmp_path}", "phase=e2e", "roi=off", CACHED[-1], "phase.crops=2", "phase.batch_size=4")
+    data = build.build_data(cfg, get_class(cfg.phase._target_))
+    cases = data.dataset("train", augment=data.augment)
+    first, second, third = (cases[epoch, 5]["image"] for epoch in range(3))
+    assert torch.equal(first, third) and not torch.equal(first, second)
+    assert "where" not in cases[0, 5]
+    assert build.build_phase(cfg, get_class(cfg.phase._target_), {}).cascade.refiner.sam.embeddings is not None

@@ -333,7 +333,7 @@ def test_embeddings_of_several_tensors_are_not_kept(hq_pair, tmp_path):
     ours, _ = hq_pair
     ours.embeddings = EmbeddingCache(tmp_path / "embeddings", 1.0)
     try:
-        with pytest.raises(UserError, match="cache_embeddings=false"):
+        with pytest.raises(UserError, match=r"phase\.crops=null"):
             ours.encode(torch.rand(1, 1, SIZE, SIZE))
     finally:
         ours.embeddings = None

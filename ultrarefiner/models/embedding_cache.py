@@ -74,10 +74,10 @@ class EmbeddingCache:
             with torch.no_grad():
                 encoded = encode(image)
             if not isinstance(encoded, Tensor):
-                raise UserError("only SAM's own kind of embedding can be kept; set model.cache_embeddings=false.")
+                raise UserError("only SAM's own kind of embedding can be kept; set phase.crops=null.")
             embedding = encoded[0].to(torch.float16).cpu().numpy()
             if not np.isfinite(embedding).all():
-                raise UserError("an image's embedding exceeds the range of float16; set model.cache_embeddings=false.")
+                raise UserError("an image's embedding exceeds the range of float16; set phase.crops=null.")
             self._keep(path, embedding)
         return embedding
 

@@ -148,7 +148,7 @@ def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -
         simulator=build(cfg.phase.failures, "phase.failures") if kind.simulated else None,
         masks=_masks(cfg) if kind.simulated else None,
         masks_per_image=cfg.phase.masks_per_image if kind.simulated else 1,
-        crops=cfg.phase.crops if kind.simulated else None,
+        crops=cfg.phase.get("crops"),
         frame=kind.frame,
         without=plain(dataset.without),
     )
@@ -298,7 +298,7 @@ def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn
     if cfg.model.lora.rank:
         add_lora(sam, **plain(cfg.model.lora))
     roi = build_option(cfg, "roi")
-    if cfg.model.cache_embeddings or cfg.phase.get("crops"):
+    if cfg.phase.get("crops"):
         sam.embeddings = embedding_cache(cfg, sam, roi)
     refiner = build(
         {
@@ -315,23 +315,21 @@ def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn
 
 
 def embedding_cache(cfg: DictConfig, sam: Sam, roi: torch.nn.Module) -> EmbeddingCache:
-    """Where image embeddings are kept, for `model.cache_embeddings` and `phase.crops`.
+    """Where image embeddings are kept, for `phase.crops`.
 
     Raises:
-        UserError: no image would ever be met again, or its embedding changes.
+        UserError: no crop would ever be met again, or its embedding changes.
     """
-    crops = cfg.phase.get("crops")
     obstacles = {
-        "a crop follows the coarse mask and is never met again; set roi=off": not (crops or isinstance(roi, FullFrame)),
-        "an augmented image is never met again; set phase.augment=false": not crops and _augments(cfg),
+        "the crop follows the coarse network, which changes; set roi=off": not isinstance(roi, FullFrame)
+        and "failures" not in cfg.phase,
         "the image encoder is trained; set model.train.image_encoder=false and model.lora.rank=0": any(
             p.requires_grad for p in sam.image_encoder.parameters()
         ),
     }
     for reason, applies in obstacles.items():
         if applies:
-            key = f"phase.crops={crops}" if crops else "model.cache_embeddings=true"
-            raise UserError(f"{key} is of no use here: {reason}, or leave it out")
+            raise UserError(f"phase.crops={cfg.phase.crops} is of no use here: {reason}, or leave it out")
     return EmbeddingCache(Path(cfg.output_root).expanduser() / "cache" / "embeddings", cfg.trainer.embeddings_gb)
 
 
