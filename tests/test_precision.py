@@ -149,8 +149,8 @@ def drawn():
 def test_the_pair_that_ships_draws_the_same_masks(drawn):
     assert set(drawn) == {"bf16-mixed", "32-true"}
     for low, full in zip(drawn["bf16-mixed"], drawn["32-true"], strict=True):
-        for which in ("mask", "coarse"):
-            assert overlap(getattr(low, which), getattr(full, which))["dice"] > 0.99
+        assert overlap(low.mask, full.mask)["dice"] > 0.99
+        assert np.array_equal(low.coarse_probability, full.coarse_probability)  # in float32 on a processor
         assert abs(low.probability - full.probability).mean() < 0.005
         assert low.probability.dtype == np.float32 and not np.array_equal(low.probability, full.probability)
         assert low.accepted == full.accepted and abs(low.iou - full.iou) < 0.02

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.transunet import Block, TransUNetConfig
+from ultrarefiner.refine.moments import full_precision
 
 BACKBONE = "tf_efficientnet_lite0"
 STRIDE = 32
@@ -89,8 +90,13 @@ class EfficientUNet(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes H W"]:
         """Logits of every class; `image` in [0, 1] has one channel (repeated to three) or three."""
         image = 2 * image.expand(-1, 3, -1, -1) - 1  # as the backbone was trained
-        if image.device.type == "cpu":  # its convolutions are faster so; the format spreads from here
-            image = image.contiguous(memory_format=torch.channels_last)
+        if image.device.type != "cpu":
+            return self._logits(image)
+        with full_precision(image):  # bfloat16 would save it no time on a processor, and a doubtful mask would flip
+            # Convolutions are faster so; the format spreads from here.
+            return self._logits(image.contiguous(memory_format=torch.channels_last))
+
+    def _logits(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes H W"]:
         *skips, x = self.backbone(image)
         if self.transformer is not None:
             x = self.transformer(x)
