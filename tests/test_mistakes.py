@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from conftest import MICRO
 from ultrarefiner.runs import experiment
@@ -362,6 +363,8 @@ def test_a_mistake_is_one_sentence_before_training(overrides, sentence, command,
         raise AssertionError(f"{overrides} would be trained")
 
     monkeypatch.setattr(experiment, "train", accepted)
+    # Hydra puts a configuration together twice, the first time only to learn whether it is a sweep: minutes here.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
     (folder / "mistake.txt").write_text("no weights")
     given = [text.replace("=FILE", f"={folder / 'mistake.txt'}") for text in shlex.split(overrides)]
     micro = [text for text in MICRO if "reader" not in text or "dataset=" not in overrides]
