@@ -127,7 +127,7 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
             check(value, f"{key}.")
             continue
         for one in value if isinstance(value, ListConfig) else [value]:
-            if isinstance(one, str) and not one.strip():
+            if isinstance(one, str) and not one.strip() and not OmegaConf.is_interpolation(cfg, name):
                 raise UserError(f"{key} must not be empty, got {one!r}; say what it is, or leave it out")
             if wanted := schema_of.get(name, About()).refusal(one):
                 raise UserError(f"{key} must be {wanted}, got {'null' if one is None else one}")
