@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -97,7 +98,9 @@ def test_the_rerun_heals_or_says_what_to_delete(fault, number, undisturbed, tmp_
         os.sync()  # the data are older than the fault
         at = draw.randint(1, moments[kind.worker])
         struck, _ = run(folder, tmp_path / "struck", fault, at, draw.random())
-        if fault != "killed":
+        # The cache is built through memory maps; who cuts such a file kills the process that fills it.
+        killed = struck.status in {"killed": [-signal.SIGKILL], "a file is cut": [-signal.SIGBUS]}.get(fault, [])
+        if not killed:
             assert struck.status == len(struck.errors) <= 1
         kind.mend(folder)
         had = finished(folder)
