@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from conftest import compose
 from ultrarefiner import export
+from ultrarefiner.data.dataset import collate
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_json
-from ultrarefiner.models.weights import read_metadata
+from ultrarefiner.models.weights import read_metadata, read_state_dict
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.runs import checkpoints, plan, start
 from ultrarefiner.runs.pack import pack
@@ -110,6 +112,21 @@ def test_training_starts_from_the_shipped_pair_and_knows_what_it_has_seen(packed
         start.prepare(plan.plan(compose(*given, "fold=1"))[-1])
     started = plan.plan(compose("phase=coarse", "model.coarse_weights=shipped", f"output_root={tmp_path}"))[-1]
     assert started.settings["model.coarse_weights"].startswith("sha256:")
+
+
+def test_fine_tuning_starts_from_the_pair_that_ships(tmp_path):
+    """Not from LiteMedSAM's own file, with which that SAM once began; and there is a gradient to learn from."""
+    given = ["phase=e2e", "model=lite", "phase.coarse_checkpoint=shipped", "phase.sam_checkpoint=shipped"]
+    given += ["dataset.reader.cases=20", "dataset.reader.size=64", f"output_root={tmp_path}"]
+    run = plan.plan(compose(*given, "roi=off", "model.gradient=frozen", micro=False))[-1]
+    phase = start.prepare(run).phase
+    shipped = read_state_dict(checkpoints.SHIPPED / "sam.safetensors")
+    assert all(torch.equal(value, shipped[name]) for name, value in phase.cascade.refiner.sam.state_dict().items())
+    phase.terms(collate([run.data.dataset("train")[0]]))["loss"].backward()
+    trained = [p for group in phase.groups() for p in group["params"] if p.requires_grad]
+    assert sum(float(p.grad.abs().sum()) > 0 for p in trained if p.grad is not None) > len(trained) / 2
+    with pytest.raises(UserError, match=r"trained with other settings: roi=off \(here on\); make both the same"):
+        start.prepare(plan.plan(compose(*given, micro=False))[-1])
 
 
 def test_the_shipped_pair_is_there_and_small_enough_for_a_wheel():

@@ -159,7 +159,7 @@ def test_a_phase_of_its_own_may_do_what_phase_2_does_and_more(own):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("phase.epochs=0", "phase.epochs must be 1 or more, got 0"),
+        ("phase.epochs=0", "phase.epochs must be between 1 and 1000000, got 0"),
         ("phase.patience=long", "phase.patience=long"),
         ("phase.gama=1", "'gama'"),
     ],

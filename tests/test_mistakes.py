@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from conftest import MICRO
 from ultrarefiner.runs import experiment
@@ -116,7 +117,7 @@ dataset.without=[0]                                 → dataset\.without=\[0\]
 dataset.without=3                                   → dataset\.without=3
 dataset.name=../../x                                → dataset\.name must be a name.*'\.\./\.\./x'
 dataset.name=/abs                                   → dataset\.name must be a name
-dataset.name=''                                     → dataset\.name must be a name
+dataset.name=''                                     → dataset\.name must not be empty
 dataset.name=null                                   → dataset\.name=null
 model.name=../x                                     → model\.name must be a name
 model.name=a/b                                      → model\.name must be a name
@@ -154,14 +155,14 @@ phase.coarse_checkpoint=auto                        → phase\.coarse_checkpoint
 phase.sam_checkpoint=auto                           → phase\.sam_checkpoint=auto
 phase.coarse_checkpoint=/tmp                        → phase\.coarse_checkpoint=/tmp cannot be read
 phase.coarse_checkpoint=/nowhere                    → phase\.coarse_checkpoint=/nowhere cannot be read
-phase.sam_checkpoint=''                             → phase\.sam_checkpoint=
+phase.sam_checkpoint=''                             → phase\.sam_checkpoint must not be empty
 phase.sam_checkpoint=FILE                           → mistake\.txt
 phase.coarse_checkpoint=FILE                        → mistake\.txt
 phase.coarse_lr=nan                                 → phase\.coarse_lr must be 0 or more, got nan
 phase.sam_lr=-1                                     → phase\.sam_lr must be 0 or more, got -1
 phase.sam.lr=nan                                    → phase\.sam\.lr must be 0 or more
 phase.coarse.lr=-1                                  → phase\.coarse\.lr must be 0 or more
-phase.coarse.epochs=0                               → phase\.coarse\.epochs must be 1 or more
+phase.coarse.epochs=0                               → phase\.coarse\.epochs must be between 1 and 1000000
 phase.optimizer.weight_decay=-1                     → phase\.optimizer.*weight_decay
 phase.ema_decay=1                                   → phase\.ema_decay must be more than 0 and less than 1
 phase.ema_decay=0.9 protection.guard=0.1            → protection\.guard.*phase\.ema_decay
@@ -174,7 +175,7 @@ phase=coarse phase.lr=inf                           → phase\.lr must be 0 or m
 phase=coarse phase.poly_power=-1                    → phase\.poly_power must be 0 or more
 phase=coarse phase.grad_clip=0                      → phase\.grad_clip must be more than 0
 phase=coarse phase.patience=0                       → phase\.patience must be 1 or more
-phase=coarse phase.epochs=0                         → phase\.epochs must be 1 or more
+phase=coarse phase.epochs=0                         → phase\.epochs must be between 1 and 1000000
 phase=coarse phase.epochs=1.5                       → phase\.epochs=1\.5
 phase=coarse phase.batch_size=0                     → phase\.batch_size must be 1 or more
 phase=coarse phase.batch_size=null                  → phase\.batch_size=null
@@ -221,8 +222,8 @@ roi._target_=foo.Bar                                → roi\._target_=foo\.Bar
 roi._target_=torch.nn.Conv2d                        → roi: torch\.nn\.Conv2d
 roi._target_=torch.nn.Identity                      → a first case fails: AttributeError.*torch\.nn.*Identity
 +roi.foo=1                                          → no key roi\.foo
-gate=learned gate.width=0                           → gate.*width must be 1 or more
-gate=learned gate.width=-1                          → gate.*width must be 1 or more
+gate=learned gate.width=0                           → gate.*width must be between 1 and 1024
+gate=learned gate.width=-1                          → gate.*width must be between 1 and 1024
 gate=learned gate.width=2.5                         → gate
 gate=learned gate.low=0.9 gate.high=0.1             → gate.*low=0\.9
 gate=uncertainty gate.gamma=-1                      → gate.*gamma=-1
@@ -274,12 +275,12 @@ phase.crops=2                                       → phase\.crops=2 is of no 
 phase.crops=0                                       → phase\.crops must be at least 1
 model.schedule.coarse.lr=nan                        → model\.schedule\.coarse\.lr must be finite
 model.schedule.coarse.optimizer=foo.Bar phase=coarse → phase\.optimizer\._target_=foo\.Bar
-model.schedule.sam.epochs=-1                        → phase\.sam\.epochs must be 1 or more
+model.schedule.sam.epochs=-1                        → phase\.sam\.epochs must be between 1 and 1000000
 model.prompts.temperature=7                         → prompt_style\.temperature must be
 model.roi.expand_ratio=-1                           → model\.roi\.expand_ratio must be 0 or more
 model.train.image_encoder=maybe                     → model\.train\.image_encoder=maybe
 dataset=busi                                        → dataset=busi needs data_root
-dataset=busi data_root=''                           → dataset=busi needs data_root
+dataset=busi data_root=''                           → data_root must not be empty, got ''
 dataset=busi data_root=/nowhere                     → data_root=/nowhere does not exist
 dataset=busi data_root=FILE                         → data_root=.*mistake\.txt is a file
 dataset=busi data_root=~nosuchuser/X                    → data_root=~nosuchuser/X: this machine has no such user
@@ -346,6 +347,58 @@ phase=sam model.train={image_encoder:false,prompt_encoder:false,mask_decoder:fal
 dataset.folds=2.5                                   → dataset\.folds=2\.5
 trainer.devices=1.5                                 → trainer\.devices=1\.5
 hydra/sweeper=nothing                               → sweeper=nothing
+output_root=''                                      → output_root must not be empty, got ''
+output_root=' '                                     → output_root must not be empty
+dataset=folder data_root=' '                        → data_root must not be empty
+dataset.name=' '                                    → dataset\.name must not be empty
+model.name=''                                       → model\.name must not be empty
+phase.name=' '                                      → phase\.name must not be empty
+prompt_style.name=''                                → prompt_style\.name must not be empty
+protection.name=' '                                 → protection\.name must not be empty
+gate.name=''                                        → gate\.name must not be empty
+trainer.accelerator=''                              → trainer\.accelerator must not be empty
+trainer.strategy=' '                                → trainer\.strategy must not be empty
+phase.coarse_checkpoint=''                          → phase\.coarse_checkpoint must not be empty
+phase.sam_checkpoint=' '                            → phase\.sam_checkpoint must not be empty
+model.coarse_weights=''                             → model\.coarse_weights must not be empty
+model.sam.checkpoint=''                             → model\.sam\.checkpoint must not be empty
+model.sam.family=' '                                → model\.sam\.family must not be empty
+model.coarse.name=''                                → model\.coarse\.name must not be empty
+model.coarse._target_=''                            → model\.coarse\._target_ must not be empty
+roi._target_=' '                                    → roi\._target_ must not be empty
+phase._target_=''                                   → phase\._target_ must not be empty
+phase.optimizer._target_=''                         → phase\.optimizer\._target_ must not be empty
+phase=sam phase.masks=''                            → phase\.masks must not be empty
+model.gradient=''                                   → model\.gradient must not be empty
+dataset=combined "dataset.members=['']" data_root=/tmp → dataset\.members must not be empty
+dataset=combined "dataset.members=[busi,' ']" data_root=/tmp → dataset\.members must not be empty
+dataset=combined dataset.members=[busi,busi] data_root=/tmp → dataset\.members|busi
+dataset=folder data_root=/tmp dataset.reader.table='' → dataset\.reader\.table must not be empty
+model.lora.rank=1 "model.lora.targets=['']"         → model\.lora\.targets must not be empty
+model.lora.rank=1 model.lora.blocks=[]              → lora blocks=\[\]
+model.lora.rank=1 model.lora.alpha=nan              → model\.lora\.alpha must be more than 0
+dataset.without=[]                                  → dataset\.without=\[\]
+phase.epochs=99999999999999999999999                → phase\.epochs must be between 1 and 1000000
+gate=learned gate.width=100000000                   → gate.*width must be between 1 and 1024
+output_root=FILE                                    → mistake\.txt.*another output_root
+output_root=FILE/below                              → mistake\.txt.*another output_root
+dataset.limit.train=-5                              → dataset\.limit\.train must be 1 or more
+trainer.save_minutes=1e400                          → trainer\.save_minutes must be 0 or more, got inf
+trainer.devices=1e3                                 → trainer\.devices=1e3
+dataset.folds=20                                    → 20 folds
+dataset.include_normal=null                         → dataset\.include_normal=null
+model.gradient=null                                 → model\.gradient=null
+phase.grad_clip=nan                                 → phase\.grad_clip must be more than 0
+phase.patience=1.5                                  → phase\.patience=1\.5
+model.selection_temperature=nan                     → model\.selection_temperature must be more than 0
+protection.coarse_loss_weight=inf                   → protection\.coarse_loss_weight must be 0 or more
+phase.coarse_checkpoint=shipped                     → coarse\.safetensors was trained with other settings
+phase.sam_checkpoint=shipped                        → sam\.safetensors was trained with .*roi=off \(here on\)
+prompt_style.mask.foo=1                             → prompt_style\.mask\.foo
++prompt_style.mask.foo=1                            → prompt_style.*'foo'
++model.coarse.width=abc                             → model\.coarse.*'width'
++phase.optimizer.betas=[0.9,nan]                    → phase\.optimizer\.betas must be finite
+trainer.accelerator=mps                             → trainer=.accelerator: mps
 """
 ROWS = [tuple(part.strip() for part in line.split(" → ")) for line in TABLE.strip().splitlines()]
 
@@ -362,6 +415,8 @@ def test_a_mistake_is_one_sentence_before_training(overrides, sentence, command,
         raise AssertionError(f"{overrides} would be trained")
 
     monkeypatch.setattr(experiment, "train", accepted)
+    # Hydra puts a configuration together twice, the first time only to learn whether it is a sweep: minutes here.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
     (folder / "mistake.txt").write_text("no weights")
     given = [text.replace("=FILE", f"={folder / 'mistake.txt'}") for text in shlex.split(overrides)]
     micro = [text for text in MICRO if "reader" not in text or "dataset=" not in overrides]

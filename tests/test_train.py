@@ -84,7 +84,7 @@ MISTAKES = {
     "fold outside the partition": (["fold=7"], ["fold=7", "5-fold", "0…4"]),
     "negative fold": (["fold=-1"], ["fold must be 0 or more, got -1"]),
     "unknown upstream": (["upstream=perhaps"], ["upstream must be one of build, require, got perhaps"]),
-    "no epochs": (["phase=coarse", "phase.epochs=0"], ["phase.epochs must be 1 or more, got 0"]),
+    "no epochs": (["phase=coarse", "phase.epochs=0"], ["phase.epochs must be between 1 and 1000000, got 0"]),
     "negative weight": (["protection.grad_scale=-1"], ["protection", "grad_scale"]),
     "unknown argument": (["+roi.zoom=2"], ["roi", "zoom"]),
     "unknown network": (["phase=coarse", "model.coarse.name=UNet"], ["UNet", "tiny"]),

@@ -189,7 +189,7 @@ class PhaseConfig:
 
     name: str = MISSING
     _target_: str = MISSING
-    epochs: int = setting(at_least=1)
+    epochs: int = setting(at_least=1, at_most=10**6)
     batch_size: int = setting(at_least=1)
     optimizer: dict[str, Any] = MISSING
     grad_clip: float | None = setting(None, above=0)

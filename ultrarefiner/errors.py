@@ -8,6 +8,10 @@ class UserError(Exception):
     ``error: ...`` without a stack trace and exit with a non-zero status.
     """
 
+    def __str__(self) -> str:
+        """The sentence alone, also where a loader's worker handed it on behind its stack trace."""
+        return super().__str__().rpartition("errors.UserError: ")[2].strip()
+
 
 class Paused(UserError):
     """Training stopped before its end, as it was asked to, with everything saved; the same command continues.

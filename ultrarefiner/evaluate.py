@@ -56,8 +56,8 @@ class EvaluateConfig:
     output: str | None = None
     allow_seen: bool = False
     spacing: float | None = setting(None, above=0)
-    tolerances: list[float] = MISSING
-    tolerances_mm: list[float] = MISSING
+    tolerances: list[float] = setting(above=0)
+    tolerances_mm: list[float] = setting(above=0)
     lesions: str = setting("together", one_of=("together", "each"))
     tta: Any = None
     safety: Safety = field(default_factory=Safety)

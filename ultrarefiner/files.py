@@ -143,15 +143,14 @@ def replacing(path: Path) -> Iterator[Path]:
             raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from error
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the disk is gone, nothing is left to remove
+            part.unlink(missing_ok=True)
 
 
 def remove_parts(*folders: Path) -> None:
     """Delete what a process that was killed while it wrote left in folders that nobody else writes to now."""
-    for folder in folders:
-        for path in folder.glob(".*-????????"):
-            if path.is_file():
-                path.unlink(missing_ok=True)
+    for path in (path for folder in folders for path in folder.glob(".*-????????") if path.is_file()):
+        path.unlink(missing_ok=True)
 
 
 _DISK_FULL = re.compile("write|unexpected pos")

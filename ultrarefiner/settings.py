@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import folder_sha256, sha256
@@ -20,6 +20,8 @@ COARSE, SAM, BRIDGE = "coarse", "sam", "bridge"
 PARTS = frozenset({COARSE, SAM, BRIDGE})
 WEIGHT_FILES = frozenset({"coarse_weights", "checkpoint", "coarse_checkpoint", "sam_checkpoint"})
 """Keys that hold the path of a file of weights: its content defines a result, not its name."""
+STARTS = WEIGHT_FILES | {"random_init", "encoder_weights"}
+"""Keys that say where the first weights of a network come from: who brings all of its weights needs none."""
 FOLDERS = re.compile(r"phase\.(\w+\.)*masks")
 """Keys that hold the path of a folder: the contents of its files define a result."""
 NAMES_OF_WEIGHTS = (None, "pretrained", "auto")
@@ -105,10 +107,10 @@ def about(one: "Field[Any]") -> About:
 
 
 def check(cfg: DictConfig, prefix: str = "") -> None:
-    """Compare every setting of a composed configuration with its range.
+    """Compare every setting of a composed configuration, and each entry of a list, with its range.
 
-    No key of the schema may be missing, and only a phase may have more. Names of options become folders, and of the
-    weights of a loss one must count.
+    No text may be empty, no key of the schema may be missing, and only a phase may have more. Names of options become
+    folders, and of the weights of a loss one must count.
 
     Raises:
         UserError: the first that is outside, with what it may be.
@@ -121,20 +123,22 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
         raise UserError(f"{prefix}{lost[0]} is needed and cannot be taken away")
     if known and not prefix.startswith("phase.") and (new := [name for name in names if name not in known]):
         raise UserError(f"there is no key {prefix}{new[0]}; `--cfg job` prints all of them")  # it was added with +
+    names = [name for name in names if not OmegaConf.is_missing(cfg, name)]
     for name in names:
-        key = f"{prefix}{name}"
-        if OmegaConf.is_missing(cfg, name):
-            continue
-        value = cfg[name]
+        key, value = f"{prefix}{name}", cfg[name]
         if isinstance(value, DictConfig):
             check(value, f"{key}.")
-        elif wanted := schema_of.get(name, About()).refusal(value):
-            raise UserError(f"{key} must be {wanted}, got {'null' if value is None else value}")
-        elif name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
+            continue
+        for one in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(one, str) and not one.strip() and not OmegaConf.is_interpolation(cfg, name):
+                raise UserError(f"{key} must not be empty, got {one!r}; say what it is, or leave it out")
+            if wanted := schema_of.get(name, About()).refusal(one):
+                raise UserError(f"{key} must be {wanted}, got {'null' if one is None else one}")
+        if name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
             raise UserError(
                 f"{key} must be a name of at most 80 letters, without / or \\ or a first dot, got {value!r}"
             )
-    weights = [name for name in names if name.endswith("_weight") and not OmegaConf.is_missing(cfg, name)]
+    weights = [name for name in names if name.endswith("_weight")]
     if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
         raise UserError(
             f"one of {', '.join(f'{prefix}{name}' for name in weights)} must be more than 0: nothing counts"
@@ -162,7 +166,7 @@ def fitting(cfg: Any, part: str, schema: type) -> dict[str, Any]:
     Where its first weights came from says nothing about that.
     """
     leaves = _leaves(cfg, schema)
-    return {key: _without_files(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
+    return {key: without_start(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
 
 
 def comparable(config: Mapping[str, Any], schema: Any, prefix: str = "") -> dict[str, Any]:
@@ -219,7 +223,8 @@ def portable(value: Any) -> Any:
     }
 
 
-def _without_files(value: Any) -> Any:
+def without_start(value: Any) -> Any:
+    """Plain settings without what says where the first weights of a network came from."""
     if not isinstance(value, dict):
         return value
-    return {name: _without_files(inner) for name, inner in value.items() if name not in WEIGHT_FILES}
+    return {name: without_start(inner) for name, inner in value.items() if name not in STARTS}

@@ -42,14 +42,16 @@ def test_a_summary_says_what_it_started_from_and_when_where_and_how(finished_run
     assert json.loads(found["e2e"].with_name("run.json").read_text())["ended"] == "finished"
 
 
-def test_what_is_damaged_is_measured_again_and_nothing_is_trained(root, caplog):
+@pytest.mark.parametrize("damage", [lambda rows: b'id,"patient', lambda rows: rows.splitlines(True)[0]])
+def test_what_is_damaged_is_measured_again_and_nothing_is_trained(damage, root, caplog):
+    """Of the cases a part of the header is left, or the header alone."""
     found = summaries(root)
     before = {name: json.loads(path.read_text()) for name, path in found.items()}
     kept = {path: path.read_bytes() for path in root.rglob("*.ckpt")}
-    cases = found["e2e"].with_name("cases.csv").read_bytes()
+    tables = {name: path.with_name("cases.csv").read_bytes() for name, path in found.items()}
     found["e2e"].write_text("null")
     found["coarse"].write_text("")
-    found["sam"].with_name("cases.csv").write_text('id,"patient')
+    found["sam"].with_name("cases.csv").write_bytes(damage(tables["sam"]))
     target = experiment.run(compose(f"output_root={root}"))
     assert target == found["e2e"].parent and caplog.text.count("is measured again") == 3
     for name, path in found.items():
@@ -57,7 +59,7 @@ def test_what_is_damaged_is_measured_again_and_nothing_is_trained(root, caplog):
         other = {"run": 0, "environment": 0, "config": 0}  # the configuration names the folder that it was copied from
         assert after | other == before[name] | other
         assert after["run"]["starts"] == 2
-    assert found["e2e"].with_name("cases.csv").read_bytes() == cases
+    assert {name: path.with_name("cases.csv").read_bytes() for name, path in found.items()} == tables
     assert {path: path.read_bytes() for path in root.rglob("*.ckpt")} == kept
 
 

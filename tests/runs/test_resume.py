@@ -1,7 +1,6 @@
 """Killed at any moment and started again with the same command: the same result, to the last bit."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 from conftest import compose
+from reruns import assert_same_run, server
 from ultrarefiner import files
-from ultrarefiner.runs import checkpoints
 
 KILLS = 10
 KILLS_A_RUN = 4
@@ -28,9 +27,6 @@ SETTINGS = [
     "protection.freeze_epochs=1",
     "protection.guard=0.01",
 ]
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["conftest", "ultrarefiner.runs.experiment", "ultrarefiner.data.phantom"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,30 +92,8 @@ def result(root: Path, phase: str) -> Path:
     return summary.parent
 
 
-def assert_same(one, other, where: str) -> None:
-    if isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{number}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other or one != one, where
-
-
 def assert_same_result(root: Path, whole: Path, phase: str) -> None:
-    resumed, plain = result(root, phase), result(whole, phase)
-    for name in (checkpoints.LAST, checkpoints.BEST):
-        one, other = (files.load(folder / "checkpoints" / name) for folder in (resumed, plain))
-        # Lightning notes there how often it was started again; no number of the training depends on it.
-        assert_same(one.pop("loops", None) and None, other.pop("loops", None) and None, "loops")
-        assert_same(one, other, name)
-    for name in ("metrics.csv", "cases.csv", "folds.csv"):
-        assert (resumed / name).read_bytes() == (plain / name).read_bytes(), name
+    assert_same_run(result(root, phase), result(whole, phase))
 
 
 @pytest.mark.slow

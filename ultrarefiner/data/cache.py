@@ -1,4 +1,4 @@
-"""Decoded frames and masks on disk as memory-mapped arrays, so that an epoch decodes nothing.
+"""Decoded frames and masks on disk as plain arrays, so that an epoch decodes nothing.
 
 ``<cache_dir>/<data set>-<fingerprint>/`` holds the index of the data set and, for each size S, ``images-S.npy``
 (N, S, S) uint8, ``masks-S.npy`` (N, S·⌈S/8⌉) uint8 with one bit a pixel, and ``frames-S.json`` with their checksums.
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -36,42 +36,37 @@ from ultrarefiner.errors import UserError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 NATIVE = "masks-native"
+HEADER = 128
+"""Bytes before the numbers in a .npy file of ours."""
 
 
-class Frames:
-    """The frames and masks of all cases at one size. Opened where it is used: pickles as two paths.
+class Frames(NamedTuple):
+    """The frames and masks of all cases at one size.
 
-    Args:
+    Attributes:
         folder: the cache's folder of one data set.
         size: side of the frames in px.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        self.size = size
-        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+    folder: Path
+    size: int
 
     def image(self, position: int) -> UInt8[np.ndarray, "S S"]:
         """A copy of the frame of the case at ``position`` in `Reader.cases`."""
-        return np.array(self._open()[0][position])
+        return self._read(0, position, self.size)
 
     def mask(self, position: int) -> Bool[np.ndarray, "S S"]:
         """Its lesion mask."""
-        bits = np.unpackbits(self._open()[1][position].reshape(self.size, -1), axis=1, count=self.size)
-        return bits.view(bool)
+        bits = self._read(1, position, -(-self.size // 8))
+        return np.unpackbits(bits, axis=1, count=self.size).view(bool)
 
-    def _open(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._arrays is None:
-            images, masks = _array_files(self.folder, self.size)
-            self._arrays = np.load(images, mmap_mode="r"), np.load(masks, mmap_mode="r")
-        return self._arrays
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}  # a memory map would be pickled as the whole array
+    def _read(self, which: int, position: int, width: int) -> UInt8[np.ndarray, "S _"]:
+        count = self.size * width
+        return _bytes(_array_files(self.folder, self.size)[which], HEADER + position * count, count).reshape(-1, width)
 
 
 class NativeMasks:
-    """The masks of all cases, each at the size of its image. Opened where it is used, as `Frames`.
+    """The masks of all cases, each at the size of its image.
 
     Args:
         folder: the cache's folder of one data set.
@@ -82,19 +77,25 @@ class NativeMasks:
         self.folder = folder
         self.sizes = np.array([(entry.height, entry.width) for entry in index.entries], dtype=np.int64).reshape(-1, 2)
         self.ends = np.cumsum(-(-self.sizes.prod(axis=1) // 8))
-        self._bits: np.ndarray | None = None
 
     def mask(self, position: int) -> Bool[np.ndarray, "H W"]:
         """The lesion mask of the case at ``position`` in `Reader.cases`."""
-        if self._bits is None:
-            self._bits = np.memmap(_native_file(self.folder), dtype=np.uint8, mode="r")
         height, width = map(int, self.sizes[position])
-        end = int(self.ends[position])
-        bits = np.unpackbits(self._bits[end - -(-height * width // 8) : end], count=height * width)
-        return bits.view(bool).reshape(height, width)
+        count = -(-height * width // 8)
+        bits = _bytes(_native_file(self.folder), int(self.ends[position]) - count, count)
+        return np.unpackbits(bits, count=height * width).view(bool).reshape(height, width)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": None}
+
+def _bytes(path: Path, start: int, count: int) -> UInt8[np.ndarray, " n"]:
+    """Some bytes of a file, not through a memory map: that of a file that is cut or lost would kill the process.
+
+    Raises:
+        UserError: they are not there any more.
+    """
+    try:
+        return np.fromfile(path, np.uint8, count, offset=start).reshape(count)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} was cut or lost while in use; the same command makes it again, and goes on") from error
 
 
 class UnusableFiles(UserError):
@@ -216,7 +217,9 @@ def _array_files(folder: Path, size: int) -> tuple[Path, Path]:
 
 
 def _array(folder: Path, size: int, which: int, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    return np.lib.format.open_memmap(_array_files(folder, size)[which], mode="w+", dtype=np.uint8, shape=shape)
+    array = np.lib.format.open_memmap(_array_files(folder, size)[which], mode="w+", dtype=np.uint8, shape=shape)
+    assert array.offset == HEADER
+    return array
 
 
 def _frames(folder: Path, size: int) -> tuple[str, Path, Path]:

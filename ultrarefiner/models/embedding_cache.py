@@ -6,6 +6,7 @@ after all cropping and augmentation. So what has changed is not found, and nothi
 another name and then renamed: processes may share the folder, and a killed one leaves nothing that looks whole.
 """
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -114,10 +115,8 @@ class EmbeddingCache:
         # Looked up each time, as other processes write too; it costs microseconds a file, an encoding seconds.
         sizes = {}
         for path in self.folder.glob("*/*"):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 sizes[path] = path.stat()
-            except FileNotFoundError:  # another process has removed it
-                continue
         free = self.limit_gb * 1e9 - sum(status.st_size for status in sizes.values())
         others = sorted(
             (p for p in sizes if p.parent != own and p.suffix == ".npy"), key=lambda p: sizes[p].st_mtime_ns

@@ -65,7 +65,7 @@ def add_lora(
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets:
         raise UserError(f"lora targets={list(targets)} must be some of {', '.join(TARGETS)}.")
-    if isinstance(blocks, str) or (isinstance(blocks, Sequence) and not all(isinstance(i, int) for i in blocks)):
+    if isinstance(blocks, str) or (isinstance(blocks, Sequence) and {type(i) for i in blocks} != {int}):
         raise UserError(f"lora blocks={blocks} must be null (all), a number of last blocks, or a list of blocks.")
     if isinstance(blocks, int) and not 0 < blocks <= depth:
         raise UserError(

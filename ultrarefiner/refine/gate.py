@@ -59,8 +59,8 @@ class LearnedGate(UncertaintyGate):
 
     def __init__(self, width: int = 8, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__(1.0, low, high)
-        if width < 1:
-            raise ValueError(f"width must be 1 or more, got {width}")
+        if not 1 <= width <= 1024:
+            raise ValueError(f"width must be between 1 and 1024, got {width}")
         self.net = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
             nn.ReLU(),

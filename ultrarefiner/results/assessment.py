@@ -73,8 +73,6 @@ class Assessment:
         spacing: float | None = None,
         keep_pictures: bool = True,
     ) -> None:
-        if min([*tolerances, *tolerances_mm], default=1) <= 0:
-            raise UserError("tolerances and tolerances_mm must be more than 0")
         self.folder, self.spacing, self.keep_pictures = folder, spacing, keep_pictures
         self.tolerances, self.tolerances_mm = list(tolerances), list(tolerances_mm)
         own = {"tolerances": self.tolerances, "tolerances_mm": self.tolerances_mm, "spacing": spacing}

@@ -63,10 +63,9 @@ class Run:
     @property
     def damage(self) -> str | None:
         """What is wrong with its result, if it has one."""
-        if not (self.directory / "summary.json").is_file():
-            return None
         try:
-            read_result(self.directory)
+            if (self.directory / "summary.json").is_file():
+                read_result(self.directory)
         except UserError as error:
             return str(error)
         return None

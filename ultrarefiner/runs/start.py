@@ -19,7 +19,7 @@ from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs import checkpoints
 from ultrarefiner.runs.build import build_phase, load_start
 from ultrarefiner.runs.plan import Run
-from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting
+from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting, without_start
 
 GATE = ".gate.pth"
 """What the file of a trained gate ends in, beside the SAM that it was trained with."""
@@ -194,9 +194,11 @@ def _check(run: Run, name: str, key: str, settings: dict[str, Any], merged: bool
     if made_by not in (name, phase):
         raise UserError(f"{key} was made by phase={made_by}; give one of phase={name}")
     here = {key: value for key, value in fitting(run.cfg, name, Config).items() if not (merged and key == MERGED)}
-    trained, wanted = _flat({key: settings.get(key) for key in here}), _flat(here)
-    keys = sorted({*trained, *wanted})
-    differing = [f"{k}={trained.get(k)} (here {wanted.get(k)})" for k in keys if trained.get(k) != wanted.get(k)]
+    trained, wanted = _flat(without_start({key: settings.get(key) for key in here})), _flat(here)
+    keys = [k for k in sorted({*trained, *wanted}) if trained.get(k) != wanted.get(k)]
+    keys = [k for k in keys if f"{k.partition('.')[0]}.name" not in keys or k.endswith(".name")]  # roi=off says it all
+    said = {k: k.removesuffix(".name") if k.count(".") == 1 else k for k in keys}
+    differing = [f"{said[k]}={trained.get(k)} (here {wanted.get(k)})" for k in keys]
     if differing:
         raise UserError(f"{key} was trained with other settings: {', '.join(differing)}; make both the same")
 

@@ -1,7 +1,8 @@
 """One run: train a phase, measure it, leave the results behind."""
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -72,9 +73,10 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
         if phase.device.type == "cpu":
             callbacks.keep_pages()
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
-        baseline = _baseline(phase, run.data, measured)
-        _fit(trainer, phase, run)
-        results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
+        with _enough_memory():
+            baseline = _baseline(phase, run.data, measured)
+            _fit(trainer, phase, run)
+            results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
         if first:
             steps = (first_step, first_step + trainer.global_step)
             epochs = (keeper.best_epoch, trainer.current_epoch)
@@ -137,8 +139,7 @@ def _try(data: DataModule, phase: Phase) -> None:
 
 
 def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
-    yield "val", data.val_dataloader()
-    yield "test", data.test_dataloader()
+    return ("val", data.val_dataloader()), ("test", data.test_dataloader())
 
 
 def _baseline(phase: Phase, data: DataModule, measured: tracking.Progress) -> dict[str, Rows]:
@@ -158,15 +159,23 @@ def _fit(trainer: pl.Trainer, phase: Phase, run: Run) -> None:
         trainer.fit(phase, datamodule=run.data, ckpt_path=resumed, weights_only=True)
     except SystemExit:  # Lightning's way to end when the user interrupts
         raise KeyboardInterrupt from None
+    phase.load_state_dict(checkpoints.best(run.directory)["state_dict"])
+    phase.to(trainer.strategy.root_device)
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn that the memory does not suffice, here or in a loader's worker, into one sentence."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or ["it is used up"])[-1]
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         raise UserError(
-            f"the memory may not suffice ({' '.join(str(error).split())[:200]}): lower phase.batch_size, "
-            "trainer.num_workers or model.image_size; the same command continues, a changed one begins anew"
+            f"the memory may not suffice ({reason[:200]}): lower phase.batch_size, trainer.num_workers or "
+            "model.image_size; the same command continues, a changed one begins anew"
         ) from error
-    phase.load_state_dict(checkpoints.best(run.directory)["state_dict"])
-    phase.to(trainer.strategy.root_device)
 
 
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|worker .* (killed by signal|exited unexpectedly)", re.I)
@@ -224,6 +233,5 @@ def _about(run: Run, first_step: int) -> dict[str, Any]:
 
 def _loggers(run: Run, first_step: int) -> list[Logger]:
     # Not recursive: the settings that go along name targets of their own.
-    whole = {"_recursive_": False, "_convert_": "all"}
-    nodes = plain(run.cfg.logger).items()
-    return [build(node | whole, f"logger.{name}", run.directory, **_about(run, first_step)) for name, node in nodes]
+    about = _about(run, first_step) | {"_recursive_": False, "_convert_": "all"}
+    return [build(node, f"logger.{name}", run.directory, **about) for name, node in plain(run.cfg.logger).items()]
