@@ -18,7 +18,7 @@ from measure import Repeat, configuration
 from torch import nn
 
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs.build import build_data, build_phase
+from ultrarefiner.runs.assemble import build_data, build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
 

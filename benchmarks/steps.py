@@ -18,7 +18,7 @@ from ultrarefiner.data.images import mask_to_square, to_square
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.phases.e2e import E2EPhase
-from ultrarefiner.runs.build import build_phase
+from ultrarefiner.runs.assemble import build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
 SIDE = 1024

@@ -21,7 +21,8 @@ from ultrarefiner.results import report
 from ultrarefiner.results.assessment import Assessment, Drawn
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs import checkpoints, provenance
-from ultrarefiner.runs.build import build_fold, plain
+from ultrarefiner.runs.assemble import build_fold
+from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.start import require_unseen
 from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 

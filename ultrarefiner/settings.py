@@ -162,7 +162,7 @@ def fitting(cfg: Any, part: str, schema: type) -> dict[str, Any]:
     return {key: _without_files(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
 
 
-def comparable(config: Mapping[str, Any], schema: Any, prefix: str = "") -> dict[str, Any]:
+def comparable(config: Mapping[str, Any], schema: Any = None, prefix: str = "") -> dict[str, Any]:
     """All that may change a result, by dotted key, of a plain configuration; it may be one of an older version."""
     known = {one.name: one for one in fields(schema)} if is_dataclass(schema) else {}
     found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.sam import Sam, load_sam
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs import build
+from ultrarefiner.runs import assemble
 from ultrarefiner.runs.experiment import run
 
 CACHED = ["phase=sam", "roi=off", "phase.augment=false", "model.train.image_encoder=false"]
@@ -209,4 +209,4 @@ def test_it_is_refused_where_it_cannot_pay(override, reason):
     kept = [option for option in CACHED if option.partition("=")[0] != override.partition("=")[0]]
     cfg = compose(*kept, "model.cache_embeddings=true", override)
     with pytest.raises(UserError, match=reason):
-        build.build_phase(cfg, SamPhase, {})
+        assemble.build_phase(cfg, SamPhase, {})

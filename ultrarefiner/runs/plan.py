@@ -24,7 +24,8 @@ from ultrarefiner.models.transunet import RELEASES_OF
 from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results.tables import read_result
-from ultrarefiner.runs.build import build_data, build_store, find
+from ultrarefiner.runs.assemble import build_data, build_store
+from ultrarefiner.runs.build import find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
 from ultrarefiner.runs.provenance import run_directory, sources
 from ultrarefiner.settings import COARSE, SAM, defining
