@@ -128,14 +128,10 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
         elif wanted := schema_of.get(name, About()).refusal(value):
             raise UserError(f"{key} must be {wanted}, got {'null' if value is None else value}")
         elif name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
-            raise UserError(
-                f"{key} must be a name of at most 80 letters, without / or \\ or a first dot, got {value!r}"
-            )
+            raise UserError(f"{key} must be a name of up to 80 letters, without / or \\ or a first dot, got {value!r}")
     weights = [name for name in names if name.endswith("_weight") and not OmegaConf.is_missing(cfg, name)]
     if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
-        raise UserError(
-            f"one of {', '.join(f'{prefix}{name}' for name in weights)} must be more than 0: nothing counts"
-        )
+        raise UserError(f"one of {', '.join(f'{prefix}{name}' for name in weights)} must exceed 0: nothing counts")
 
 
 def defining(cfg: Any, parts: frozenset[str], schema: type) -> dict[str, Any]:

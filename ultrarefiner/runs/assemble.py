@@ -22,9 +22,7 @@ from ultrarefiner.settings import BRIDGE, COARSE
 def build_store(cfg: DictConfig) -> Store:
     """The data set, for all runs of a command."""
     if cfg.dataset.members and "members" not in cfg.dataset.reader:
-        raise UserError(
-            f"dataset.members={list(cfg.dataset.members)} is for dataset=combined; choose that, or leave it"
-        )
+        raise UserError(f"dataset.members={cfg.dataset.members} is for dataset=combined; choose that, or leave it")
     return Store(build(cfg.dataset.reader, "dataset.reader"), Path(cfg.output_root).expanduser() / "cache")
 
 
