@@ -7,9 +7,9 @@
 image goes through all backends in turn, so that whatever else the machine does falls on all alike. Prints a Markdown
 table: seconds an image on the wall and on the processor (medians), the median of each image's ratio of the latter to
 eager float32, for the whole pipeline and for SAM alone, the mean Dice with the radiologist's mask on validation images,
-and the largest change of one image's Dice. int8 is quantised by onnxruntime: "dynamic" the matrix products alone,
-"static" convolutions as well, calibrated on training images. OpenVINO takes the same file (pip install openvino). Below
-the table stands SAM's encoder alone, with torch.
+and the largest change of one image's Dice. int8 is quantised by onnxruntime: "dynamic" is what format=[int8] writes,
+"static" has convolutions as well, calibrated on training images. OpenVINO takes the same file (pip install openvino).
+Below the table stands SAM's encoder alone, with torch.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 import torch
 from measure import machine, timed
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from page import table
 from real_cases import spread
@@ -36,6 +36,7 @@ from ultrarefiner.data.cases import Case
 from ultrarefiner.data.folds import make_split
 from ultrarefiner.data.images import to_square
 from ultrarefiner.data.readers import BusBra, Reader
+from ultrarefiner.models.graph import write_int8
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.segmenter import Segmenter
 
@@ -110,9 +111,7 @@ def quantised(model: Path, folder: Path, shown: Shown) -> Iterator[tuple[str, Pa
     quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
     about = onnx.load(model).metadata_props
     ways: dict[str, Callable[[str], Any]] = {
-        "int8 dynamic": lambda path: quantize_dynamic(
-            str(prepared), path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
-        ),
+        "int8 dynamic": lambda path: write_int8(model, Path(path)),
         "int8 static": lambda path: quantize_static(
             str(prepared),
             path,

@@ -49,9 +49,7 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         file = checkpoint_file(cfg.checkpoint)
         said = checkpoints.said_of(file)
         if segmenter.cascade.coarse is None and cfg.predictions is None:
-            raise UserError(
-                f"{file} has no coarse network (phase=sam): give predictions=FOLDER, coarse masks to refine"
-            )
+            raise UserError(f"{file} has no coarse network (phase=sam): give predictions=FOLDER, masks to refine")
     cfg.fold = cfg.fold if cfg.fold is not None else said["config"].get("fold", 0) if said else 0
     folder = _folder(cfg, file)
     data = build_fold(cfg, segmenter.coarse_size if segmenter else FRAME)

@@ -62,7 +62,7 @@ def said_of(path: Path, content: Any = None) -> dict[str, Any]:
     return {name: content[name] for name in SAID} if known else {}
 
 
-ONNX, PROGRAM = "model.onnx", "model.pt2"
+ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
 """The whole pipeline as one graph, in a folder of `ultrarefiner.export`."""
 
 

@@ -164,9 +164,7 @@ def _fetch(cfg: DictConfig, parts: Collection[str]) -> None:
     if COARSE in parts and model.coarse_weights == AUTO:
         name = RELEASES_OF.get(model.coarse.get("name"))
         if name is None:
-            raise UserError(
-                "model.coarse_weights=auto: no file is known for this network; give a path, or leave it null"
-            )
+            raise UserError("model.coarse_weights=auto: no file is known for this network; give a path, or null")
         model.coarse_weights = str(fetch(name))
     if SAM in parts and sam.get("checkpoint") == AUTO and sam.get("family") in RELEASES and not sam.get("random_init"):
         sam.checkpoint = str(fetch(sam.family))
