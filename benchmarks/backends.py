@@ -5,22 +5,29 @@
 
 `pair` is a folder of ultrarefiner.export with model.onnx, made from weights that were trained on BUS-BRA's fold 0. Each
 image goes through all backends in turn, so that whatever else the machine does falls on all alike. Prints a Markdown
-table: seconds an image on the wall and on the processor (medians), the median of each image's ratio to eager float32,
-and the mean Dice with the radiologist's mask on validation images. int8 is quantised by onnxruntime: "dynamic"
-the matrix products alone, "static" convolutions as well, calibrated on training images.
+table: seconds an image on the wall and on the processor (medians), the median of each image's ratio of the latter to
+eager float32, for the whole pipeline and for SAM alone, the mean Dice with the radiologist's mask on validation images,
+and the largest change of one image's Dice. int8 is quantised by onnxruntime: "dynamic" is what format=[int8] writes,
+"static" has convolutions as well, calibrated on training images. OpenVINO takes the same file (pip install openvino).
+Below the table stands SAM's encoder alone, with torch.
 """
 
 import argparse
+import contextlib
+import functools
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
 import torch
 from measure import machine, timed
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from page import table
 from real_cases import spread
@@ -29,11 +36,58 @@ from ultrarefiner.data.cases import Case
 from ultrarefiner.data.folds import make_split
 from ultrarefiner.data.images import to_square
 from ultrarefiner.data.readers import BusBra, Reader
+from ultrarefiner.models.graph import write_int8
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.segmenter import Segmenter
 
-Backend = Callable[[np.ndarray], Any]
 EAGER = "eager float32"
+
+
+class Backend:
+    """A pipeline, and the seconds that its SAM has taken of the processor.
+
+    Args:
+        segmenter: the pipeline.
+        bfloat16: whether torch computes with that where it can.
+    """
+
+    def __init__(self, segmenter: Segmenter, bfloat16: bool = False) -> None:
+        self.segmenter, self.bfloat16, self.in_sam = segmenter, bfloat16, 0.0
+        refine = segmenter.cascade.refine
+
+        def refining(*args: Any, **kwargs: Any) -> Any:
+            _, seconds, refined = timed(lambda: refine(*args, **kwargs))
+            self.in_sam += seconds
+            return refined
+
+        segmenter.cascade.refine = refining  # type: ignore[method-assign]
+
+    def __call__(self, image: np.ndarray) -> Any:
+        with torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else contextlib.nullcontext():
+            return self.segmenter(image)
+
+
+class OpenVino:
+    """OpenVINO in the place of an onnxruntime session."""
+
+    def __init__(self, model: bytes, options: Any, providers: list[str], precision: str) -> None:
+        import openvino
+
+        core = openvino.Core()
+        how = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        how["INFERENCE_NUM_THREADS"] = options.intra_op_num_threads
+        self.model = core.compile_model(core.read_model(model), "CPU", how)
+
+    def run(self, _: None, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs."""
+        found = self.model(given)
+        return [found[number] for number in range(len(self.model.outputs))]
+
+
+def openvino(path: Path, precision: str) -> Segmenter:
+    """The pipeline in an ONNX file, run by OpenVINO."""
+    with mock.patch("onnxruntime.InferenceSession", functools.partial(OpenVino, precision=precision)):
+        return Segmenter.load(path, backend="onnx")
 
 
 class Shown(CalibrationDataReader):
@@ -57,9 +111,7 @@ def quantised(model: Path, folder: Path, shown: Shown) -> Iterator[tuple[str, Pa
     quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
     about = onnx.load(model).metadata_props
     ways: dict[str, Callable[[str], Any]] = {
-        "int8 dynamic": lambda path: quantize_dynamic(
-            str(prepared), path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
-        ),
+        "int8 dynamic": lambda path: write_int8(model, Path(path)),
         "int8 static": lambda path: quantize_static(
             str(prepared),
             path,
@@ -95,23 +147,52 @@ def measure(backends: Mapping[str, Backend], reader: Reader, cases: list[Case], 
     """Every image through every backend; the table."""
     wall: dict[str, list[float]] = {name: [] for name in backends}
     processor: dict[str, list[float]] = {name: [] for name in backends}
+    sam: dict[str, list[float]] = {name: [] for name in backends}
     dice: dict[str, list[float]] = {name: [] for name in backends}
     for case in cases:
         image, truth = reader.read(case)
         for repeat in range(repeats):
-            for name, segment in backends.items():
-                seconds, own, found = timed(lambda segment=segment, image=image: segment(image))
+            for name, backend in backends.items():
+                backend.in_sam = 0.0
+                seconds, own, found = timed(functools.partial(backend, image))
                 wall[name].append(seconds)
                 processor[name].append(own)
+                sam[name].append(backend.in_sam)
                 if repeat == 0:
                     dice[name].append(overlap(found.mask, truth)["dice"])
     rows = []
     for name in backends:
-        ratios = np.divide(processor[name], processor[EAGER])
-        change = np.mean(dice[name]) - np.mean(dice[EAGER])
-        times = (f"{np.median(values):.2f}" for values in (wall[name], processor[name]))
-        rows.append([name, *times, f"{np.median(ratios):.2f}", f"{np.mean(dice[name]):.4f}", f"{change:+.4f}"])
-    return table(["backend", "s an image", "s of processor", "ratio", "Dice", "change"], rows)
+        times = [f"{median(values[name]):.2f}" for values in (wall, processor)]
+        ratios = [f"{median(np.divide(values[name], values[EAGER])):.2f}" for values in (processor, sam)]
+        change = np.subtract(dice[name], dice[EAGER])
+        scores = [f"{np.mean(dice[name]):.4f}", f"{change.mean():+.4f}", f"{abs(change).max():.4f}"]
+        rows.append([name, *times, *ratios, *scores])
+    header = [
+        "backend",
+        "s an image",
+        "s of processor",
+        "ratio",
+        "ratio of SAM",
+        "Dice",
+        "change",
+        "largest of one image",
+    ]
+    return table(header, rows)
+
+
+def encoder(segmenter: Segmenter, repeats: int = 9) -> str:
+    """Seconds of SAM's encoder in float32 and in bfloat16."""
+    refiner = segmenter.cascade.refiner
+    assert refiner is not None
+    sam = refiner.sam
+    crop = torch.rand(1, 1, sam.image_size, sam.image_size)
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(repeats):
+        for half, seconds in taken.items():
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                seconds.append(timed(lambda: sam.encode(crop))[1])
+    whole, half_time = median(taken[False]), median(taken[True])
+    return f"SAM's encoder alone, torch: float32 {whole:.2f} s of processor, bfloat16 {half_time / whole:.2f} of it"
 
 
 def main() -> None:
@@ -132,25 +213,24 @@ def main() -> None:
         files = dict(quantised(chosen.pair / "model.onnx", Path(name), shown))
         for threads in chosen.threads:
             torch.set_num_threads(threads)
-            backends: dict[str, Backend] = {EAGER: eager}
-            backends["onnx float32"] = Segmenter.load(chosen.pair, backend="onnx")
-            backends |= {kind: Segmenter.load(path, backend="onnx") for kind, path in files.items()}
+            pipelines = {"onnx float32": Segmenter.load(chosen.pair, backend="onnx")}
+            pipelines |= {kind: Segmenter.load(path, backend="onnx") for kind, path in files.items()}
+            if importlib.util.find_spec("openvino"):
+                precisions = {"f32": "float32"} | ({"bf16": "bfloat16"} if bfloat16() else {})
+                for precision, called in precisions.items():
+                    pipelines[f"OpenVINO {called}"] = openvino(chosen.pair, precision)
+            backends = {EAGER: Backend(Segmenter.load(chosen.pair, "cpu"))}
+            backends |= {name: Backend(pipeline) for name, pipeline in pipelines.items()}
             if bfloat16():
-                backends["bfloat16 autocast"] = _autocast(eager)
-            for segment in backends.values():
-                segment(reader.read(split.train[0])[0])  # warm
+                backends["bfloat16 autocast"] = Backend(Segmenter.load(chosen.pair, "cpu"), bfloat16=True)
+            for backend in backends.values():
+                backend(reader.read(split.train[0])[0])  # warm
             print(f"\n{threads} threads, {machine()}\n", flush=True)
             print(measure(backends, reader, spread(split.val, chosen.images), chosen.repeats), flush=True)
+            if bfloat16():
+                print("\n" + encoder(eager), flush=True)
     if not bfloat16():
         print("\nbfloat16 is not measured: this processor does not compute with it.")
-
-
-def _autocast(segmenter: Segmenter) -> Callable[[np.ndarray], Any]:
-    def segment(image: np.ndarray) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            return segmenter(image)
-
-    return segment
 
 
 if __name__ == "__main__":

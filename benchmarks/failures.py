@@ -28,7 +28,7 @@ from ultrarefiner.data.failures.softness import dice_of
 from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs.build import build_data
+from ultrarefiner.runs.assemble import build_data
 
 SIDE = 224  # px
 TARGETS = (0.95, 0.85, 0.75, 0.63)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.precision import computing
-from ultrarefiner.runs.build import build_data, build_phase
+from ultrarefiner.runs.assemble import build_data, build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
 

@@ -19,7 +19,7 @@ from ultrarefiner.data.phantom import make_phantom
 from ultrarefiner.models.transunet import TransUNet
 from ultrarefiner.phases.e2e import E2EPhase
 from ultrarefiner.precision import FULL, computing
-from ultrarefiner.runs.build import build_phase
+from ultrarefiner.runs.assemble import build_phase
 from ultrarefiner.runs.callbacks import keep_pages
 
 SIDE = 1024

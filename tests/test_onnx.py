@@ -30,7 +30,7 @@ def pair(finished_runs, tmp_path_factory):
     """A folder with both kinds of graph."""
     run = next(path.parent for path in finished_runs.glob("phantom/tiny/e2e*/*/summary.json"))
     folder = tmp_path_factory.mktemp("graphs") / "pair"
-    export_as_a_command(f"checkpoint={run}", f"output={folder}", "format=[onnx,export]")
+    export_as_a_command(f"checkpoint={run}", f"output={folder}", "format=[int8,export]")
     return folder
 
 
@@ -77,6 +77,18 @@ def test_the_segmenter_draws_the_same_with_both(pair, coarse, lesions):
     for one, other in zip(*results, strict=True):
         assert np.abs(one.probability - other.probability).max() < 1e-3
         assert one.iou == pytest.approx(other.iou, abs=1e-3) and one.box == pytest.approx(other.box, abs=0.1)
+
+
+def test_in_eight_bits_it_is_smaller_and_draws_nearly_the_same(pair):
+    import onnx
+
+    whole, small = pair / "model.onnx", pair / "model.int8.onnx"
+    assert small.stat().st_size < 0.8 * whole.stat().st_size
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(small).graph.node}
+    one, other = (Segmenter.load(file, backend="onnx", safety=Safety.none()) for file in (whole, small))
+    for image in IMAGES:
+        assert overlap(other(image).mask, one(image).mask)["dice"] > 0.95
+        assert np.abs(other(image).probability - one(image).probability).max() > 0  # it is another file
 
 
 def test_predict_writes_the_same_tables_and_masks(pair, tmp_path, execute):
@@ -164,7 +176,7 @@ def test_bad_files_and_values_end_in_one_sentence(pair, tmp_path, execute):
     more = (f"checkpoint={pair}", "backend=onnx", "device=cuda")
     assert "backend=onnx runs on device=cpu" in execute(predict.main, *here, *more).err
     done = execute(export.main, f"checkpoint={pair}", f"output={tmp_path}/o", "format=[tflite]")
-    assert done.status == 1 and "format must be of safetensors, onnx, export, got tflite" in done.err
+    assert done.status == 1 and "format must be of safetensors, onnx, int8, export, got tflite" in done.err
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -122,7 +122,7 @@ def test_the_example_of_a_new_dataset_in_the_readme_works(tmp_path):
     code = (
         "import sys\n"
         "from ultrarefiner import cli, train\n"
-        "from ultrarefiner.runs.build import build_data\n"
+        "from ultrarefiner.runs.assemble import build_data\n"
         "from ultrarefiner.phases.coarse import CoarsePhase\n"
         "def one_batch(cfg):\n"
         "    data = build_data(cfg, CoarsePhase)\n"

@@ -226,7 +226,10 @@ def test_a_checkpoint_is_one_file_that_carries_its_configuration(e2e, tmp_path):
             Segmenter.load(wrong)
 
 
-def test_the_package_names_it_without_importing_torch():
-    code = "import sys, ultrarefiner; assert 'torch' not in sys.modules; from ultrarefiner import Segmenter"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_package_names_it_without_importing_torch_nor_what_only_trains(e2e):
+    code = (
+        "import sys, ultrarefiner; assert 'torch' not in sys.modules; ultrarefiner.Segmenter.load(sys.argv[1]); "
+        "assert not {'pytorch_lightning', 'torchmetrics', 'highdicom'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(e2e[0])], check=True)
     assert ultrarefiner.Segmenter is Segmenter

@@ -20,7 +20,7 @@ from ultrarefiner.data.failures.files import file_name
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs.build import build_data
+from ultrarefiner.runs.assemble import build_data
 from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.plan import plan
 

@@ -24,7 +24,7 @@ from ultrarefiner.data.phantom import Phantoms
 from ultrarefiner.data.readers import Folder
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.weights import read_state_dict, write_state_dict
-from ultrarefiner.runs import checkpoints, experiment, training
+from ultrarefiner.runs import checkpoints, experiment, keeping, training
 from ultrarefiner.runs.plan import plan
 from ultrarefiner.runs.provenance import sources
 
@@ -151,7 +151,7 @@ def write_summary(folder: Path, turn: int) -> None:
 
 def write_checkpoint(folder: Path, turn: int) -> None:
     content = {"turn": turn, "weight": torch.full((200_000,), float(turn))}
-    checkpoints.SafeCheckpointIO().save_checkpoint(content, folder / checkpoints.LAST)
+    keeping.SafeCheckpointIO().save_checkpoint(content, folder / checkpoints.LAST)
 
 
 def write_cache(folder: Path, turn: int) -> None:

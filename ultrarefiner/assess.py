@@ -21,7 +21,8 @@ from ultrarefiner.results import report
 from ultrarefiner.results.assessment import Assessment, Drawn
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs import checkpoints, provenance
-from ultrarefiner.runs.build import build_fold, plain
+from ultrarefiner.runs.assemble import build_fold
+from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.start import require_unseen
 from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
@@ -50,9 +51,7 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
         file = checkpoint_file(cfg.checkpoint)
         said = checkpoints.said_of(file)
         if segmenter.cascade.coarse is None and cfg.predictions is None:
-            raise UserError(
-                f"{file} has no coarse network (phase=sam): give predictions=FOLDER, coarse masks to refine"
-            )
+            raise UserError(f"{file} has no coarse network (phase=sam): give predictions=FOLDER, masks to refine")
     cfg.fold = cfg.fold if cfg.fold is not None else said["config"].get("fold", 0) if said else 0
     folder = _folder(cfg, file)
     data = build_fold(cfg, segmenter.coarse_size if segmenter else FRAME)

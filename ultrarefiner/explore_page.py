@@ -144,8 +144,10 @@ class Page:
                     with gr.Group(visible=not self.explorer.refuses_box):
                         choices = [BOX] if self.explorer.refuses_points else [BOX, INSIDE, OUTSIDE]
                         what = gr.Radio(choices, value=BOX, label="A click on the image sets")
-                        with gr.Row():
-                            sides = [gr.Slider(0, 1000, 0, step=1, label=side, min_width=120) for side in SIDES]
+                        sides: list[gr.Slider] = []
+                        for two in (SIDES[:2], SIDES[2:]):  # with three beside each other their ends are cut off
+                            with gr.Row():
+                                sides += [gr.Slider(0, 1000, 0, step=1, label=side, min_width=150) for side in two]
                         with gr.Row():
                             again = gr.Button("Refine again", variant="primary", min_width=100)
                             reset = gr.Button("Start over", min_width=100)

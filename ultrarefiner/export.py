@@ -26,7 +26,8 @@ VALUES = """\
 Values
   checkpoint=PATH        the directory of a finished run, a folder of this command, or shipped
   output=DIR             a new folder
-  format=[safetensors]   beside the weights: onnx writes model.onnx, export model.pt2 (torch.export), for any batch size
+  format=[safetensors]   beside the weights: onnx writes model.onnx, export model.pt2 (torch.export), for any batch;
+                         int8 writes model.int8.onnx too, the fastest on a processor
   half=true              weights of 16 bits: half the size; what that changes, tests/test_export.py bounds
   --cfg job              print the composed configuration"""
 
@@ -52,12 +53,12 @@ def _export(cfg: DictConfig) -> None:
     for key in ("checkpoint", "output"):
         if cfg[key] is None:
             raise UserError(f"{key}=PATH is missing; see --help")
-    unknown = set(cfg.format) - {"safetensors", "onnx", "export"}
+    unknown = set(cfg.format) - {"safetensors", "onnx", "int8", "export"}
     if unknown:
-        raise UserError(f"format must be of safetensors, onnx, export, got {', '.join(sorted(unknown))}")
+        raise UserError(f"format must be of safetensors, onnx, int8, export, got {', '.join(sorted(unknown))}")
     from ultrarefiner.extras import imported
 
-    for package in ("onnx", "onnxscript") if "onnx" in cfg.format else ():
+    for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(cfg.format) else ():
         imported(package, package, "onnx")  # before anything is written
     from ultrarefiner.runs.checkpoints import SHIPPED
     from ultrarefiner.runs.pack import pack
@@ -69,10 +70,10 @@ def _export(cfg: DictConfig) -> None:
 
 def _graphs(folder: Path, formats: Sequence[str]) -> list[Path]:
     """The pipeline whose weights lie in a folder, as one file of each format."""
-    if not {"onnx", "export"} & set(formats):
+    if not {"onnx", "int8", "export"} & set(formats):
         return []
     from ultrarefiner.models import graph
-    from ultrarefiner.runs.checkpoints import ONNX, PROGRAM
+    from ultrarefiner.runs.checkpoints import INT8, ONNX, PROGRAM
     from ultrarefiner.segmenter import Segmenter
 
     segmenter = Segmenter.load(folder, "cpu")
@@ -81,9 +82,12 @@ def _graphs(folder: Path, formats: Sequence[str]) -> list[Path]:
     if "export" in formats:
         written.append(folder / PROGRAM)
         graph.write_program(program, written[-1])
-    if "onnx" in formats:
+    if {"onnx", "int8"} & set(formats):
         written.append(folder / ONNX)
         graph.write_onnx(program, written[-1])
+    if "int8" in formats:
+        written.append(folder / INT8)
+        graph.write_int8(folder / ONNX, written[-1])
     return written
 
 

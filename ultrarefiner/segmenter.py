@@ -5,7 +5,7 @@ result = segmenter(image)              # result.mask, result.coarse, result.prob
 result = segmenter(image, coarse=mask) # redraw the mask of any other tool
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.utils import get_class
 from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,14 +26,12 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.files import folder_sha256, load, sha256
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.models.onnx_backend import OnnxCascade
-from ultrarefiner.phases.phase import Phase
 from ultrarefiner.precision import AUTO, FULL, computing, fastest
 from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
-from ultrarefiner.runs.checkpoints import BEST, ONNX, SHIPPED, exported, said_of
-from ultrarefiner.runs.start import load_gate
+from ultrarefiner.runs.checkpoints import BEST, ONNX, SHIPPED, exported, load_gate, said_of
 from ultrarefiner.settings import COARSE, PREDICTING, SAM
 
 Picture = NDArray[Any]
@@ -42,6 +39,8 @@ Picture = NDArray[Any]
 CoarseMask = NDArray[Any]
 """(H,W): a mask (bool), or probabilities in [0, 1]."""
 BACKENDS = ("torch", "onnx")
+_NETWORKS = {COARSE: "coarse", SAM: "refiner"}
+"""What they are called in a `Cascade`."""
 _NOTHING = -16.0
 """The logit of what is certainly no lesion; see `soft_logit`."""
 
@@ -118,10 +117,11 @@ class Segmenter:
         if not isinstance(content, dict) or not {"config", "state_dict"} <= set(content):
             raise UserError(f"{file} does not say how its networks are built; give a run's {BEST}, or its directory")
         cfg = OmegaConf.create(content["config"])
-        cascade = _untrained(cfg)
         prefix = "cascade."
-        state = content["state_dict"]
-        cascade.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+        there = {name.partition(".")[0] for name in state}
+        cascade = _untrained(cfg, {part for part, name in _NETWORKS.items() if name in there})
+        cascade.load_state_dict(state)
         return cls(cascade, cfg.model.image_size, cfg.model.coarse_size, device, **options)
 
     def __call__(self, image: Picture | str | Path, coarse: CoarseMask | None = None) -> Segmentation:
@@ -265,7 +265,7 @@ def _exported(networks: Mapping[str, Path]) -> tuple[Cascade, int, int]:
     if not isinstance(cfg, DictConfig) or not all(said.values()):
         raise UserError(f"{next(iter(networks.values()))} does not say how its network is built; export the run again")
     cfg.model.lora.rank = 0  # merged
-    cascade = _untrained(cfg, networks)
+    cascade = _untrained(cfg, networks, networks)
     if SAM in networks:
         load_gate(cascade.gate, networks[SAM])
     return cascade, cfg.model.image_size, cfg.model.coarse_size
@@ -320,12 +320,13 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device={name} is not there ({str(error).splitlines()[0]}); choose auto or cpu") from error
 
 
-def _untrained(cfg: Any, networks: Mapping[str, Path] = MappingProxyType({})) -> Cascade:
+def _untrained(cfg: Any, parts: Collection[str], files: Mapping[str, Path] = MappingProxyType({})) -> Cascade:
     """The networks of a configuration, without a look for the files that they once started from.
 
     Args:
         cfg: of a run.
-        networks: files of their weights; then only these are built.
+        parts: which networks.
+        files: of their weights.
     """
     assert isinstance(cfg, DictConfig)
     with open_dict(cfg):
@@ -333,8 +334,7 @@ def _untrained(cfg: Any, networks: Mapping[str, Path] = MappingProxyType({})) ->
         cfg.phase.crops = None
         if cfg.model.sam._target_ == "ultrarefiner.models.sam.load_sam":
             cfg.model.sam = {**cfg.model.sam, "checkpoint": None, "random_init": True}
-    kind: type[Phase] = get_class(cfg.phase._target_)
-    return build_cascade(cfg, networks or kind.parts, networks)
+    return build_cascade(cfg, parts, files)
 
 
 def _grey(image: Picture) -> UInt8[np.ndarray, "H W"]:

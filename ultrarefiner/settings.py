@@ -135,14 +135,10 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
             if wanted := schema_of.get(name, About()).refusal(one):
                 raise UserError(f"{key} must be {wanted}, got {'null' if one is None else one}")
         if name == "name" and key != "model.coarse.name" and not NAME.fullmatch(str(value)):
-            raise UserError(
-                f"{key} must be a name of at most 80 letters, without / or \\ or a first dot, got {value!r}"
-            )
+            raise UserError(f"{key} must be a name of up to 80 letters, without / or \\ or a first dot, got {value!r}")
     weights = [name for name in names if name.endswith("_weight")]
     if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
-        raise UserError(
-            f"one of {', '.join(f'{prefix}{name}' for name in weights)} must be more than 0: nothing counts"
-        )
+        raise UserError(f"one of {', '.join(f'{prefix}{name}' for name in weights)} must exceed 0: nothing counts")
 
 
 def defining(cfg: Any, parts: frozenset[str], schema: type) -> dict[str, Any]:
@@ -169,7 +165,7 @@ def fitting(cfg: Any, part: str, schema: type) -> dict[str, Any]:
     return {key: without_start(_plain(value)) for key, known, value in leaves if known.fits and part in known.of}
 
 
-def comparable(config: Mapping[str, Any], schema: Any, prefix: str = "") -> dict[str, Any]:
+def comparable(config: Mapping[str, Any], schema: Any = None, prefix: str = "") -> dict[str, Any]:
     """All that may change a result, by dotted key, of a plain configuration; it may be one of an older version."""
     known = {one.name: one for one in fields(schema)} if is_dataclass(schema) else {}
     found: dict[str, Any] = {}

@@ -44,7 +44,8 @@ def _simulate(cfg: DictConfig) -> None:
     from pathlib import Path
 
     from ultrarefiner.data.failures.files import write_failures
-    from ultrarefiner.runs.build import build, build_part
+    from ultrarefiner.runs.assemble import build_part
+    from ultrarefiner.runs.build import build
 
     simulator = build(cfg.simulator, "simulator")
     cases = build_part(cfg, cfg.part)

@@ -330,7 +330,7 @@ def test_unreadable_file(tmp_path):
 
 TABLES = {
     "missing column": ("id,label\ncase_0,b\n", r"table\.csv has no column patient \(it has id and label\)"),
-    "unknown ID": ("id,patient,label\ncase_0,1,b\nghost,2,b\n", r"names the unknown image 'ghost'"),
+    "unknown ID": ("id,patient,label\ncase_0,1,b\nghost,2,b\n", r"names an unknown image 'ghost'"),
     "image without a row": ("id,patient,label\ncase_0,1,b\n", r"case_1\.png has no row in .*table\.csv"),
     "ID twice": ("id,patient,label\ncase_0,1,b\ncase_0,2,b\n", r"line 3, names id 'case_0' a second time"),
     "column twice": ("id,patient,label,patient\ncase_0,1,b,2\n", r"table\.csv has the column patient more than once"),
@@ -382,7 +382,7 @@ BUSBRA = {
     ),
     "image without a row": (
         lambda r: [edit(r / name, "bus_0005-l", "bus_9999-l") for name in ("5-fold-cv.csv", "bus_data.csv")],
-        r"bus_0005-l\.png is not named in bus_data\.csv",
+        r"bus_0005-l\.png is not in bus_data\.csv",
     ),
     "image without mask": (
         lambda r: (r / "Masks/mask_0007-r.png").unlink(),

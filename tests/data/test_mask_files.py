@@ -14,7 +14,7 @@ from ultrarefiner.data.images import map_to_square
 from ultrarefiner.data.mask_maps import coarse_map, read_map
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs.build import build_data
+from ultrarefiner.runs.assemble import build_data
 from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.plan import plan
 

@@ -18,7 +18,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.models.embedding_cache import EmbeddingCache
 from ultrarefiner.models.sam import Sam, load_sam
 from ultrarefiner.phases.sam import SamPhase
-from ultrarefiner.runs import build
+from ultrarefiner.runs import assemble
 from ultrarefiner.runs.experiment import run
 
 CACHED = ["phase=sam", "roi=off", "phase.augment=false", "model.train.image_encoder=false"]
@@ -203,7 +203,7 @@ BANK = [*CACHED[:1], CACHED[-1], "roi=on", "phase.masks_per_image=4", "phase.bat
 def test_crops_take_turns(tmp_path):
     """Of three epochs the third shows the first one's images and boxes again, with coarse masks of its own."""
     cfg = compose(f"output_root={tmp_path}", *BANK, "phase.crops=2")
-    data = build.build_data(cfg, SamPhase)
+    data = assemble.build_data(cfg, SamPhase)
     cases = data.dataset("train", augment=data.augment)
     first, second, third = (cases[epoch, 5] for epoch in range(3))
     for name in ("image", "mask", "coarse_mask", "where", "margins"):
@@ -211,7 +211,7 @@ def test_crops_take_turns(tmp_path):
         assert not torch.equal(second[name], first[name]), name
     assert torch.equal(first["where"], first["prob"]) and not torch.equal(third["prob"], first["prob"])
     assert "where" not in data.dataset("val")[0]
-    new = build.build_data(compose(f"output_root={tmp_path}", *BANK), SamPhase)
+    new = assemble.build_data(compose(f"output_root={tmp_path}", *BANK), SamPhase)
     anew = new.dataset("train", augment=new.augment)[2, 5]
     assert not torch.equal(anew["image"], third["image"]) and anew["prob"].shape == third["prob"].shape
 
@@ -239,15 +239,15 @@ def test_a_crop_that_comes_again_is_not_encoded_again(tmp_path, monkeypatch, cro
 def test_it_is_refused_where_it_cannot_pay(overrides, reason):
     cfg = compose(*BANK[:3], "phase.crops=3", *overrides)
     with pytest.raises(UserError, match=f"phase.crops=3 is of no use here: .*{reason}"):
-        build.build_phase(cfg, get_class(cfg.phase._target_), {})
+        assemble.build_phase(cfg, get_class(cfg.phase._target_), {})
 
 
 def test_phase_3_shows_whole_frames_in_turns(tmp_path):
     """With roi=off the frame is the crop, also where it is augmented and the coarse network moves."""
     cfg = compose(f"output_root={tmp_path}", "phase=e2e", "roi=off", CACHED[-1], "phase.crops=2", "phase.batch_size=4")
-    data = build.build_data(cfg, get_class(cfg.phase._target_))
+    data = assemble.build_data(cfg, get_class(cfg.phase._target_))
     cases = data.dataset("train", augment=data.augment)
     first, second, third = (cases[epoch, 5]["image"] for epoch in range(3))
     assert torch.equal(first, third) and not torch.equal(first, second)
     assert "where" not in cases[0, 5]
-    assert build.build_phase(cfg, get_class(cfg.phase._target_), {}).cascade.refiner.sam.embeddings is not None
+    assert assemble.build_phase(cfg, get_class(cfg.phase._target_), {}).cascade.refiner.sam.embeddings is not None

@@ -26,8 +26,8 @@ from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.prompts import DirectMaskPrompt, Prompts
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import LesionRoi
-from ultrarefiner.runs.build import build_phase
-from ultrarefiner.runs.checkpoints import KeepCheckpoints
+from ultrarefiner.runs.assemble import build_phase
+from ultrarefiner.runs.keeping import KeepCheckpoints
 
 
 class SmallCoarse(nn.Module):

@@ -415,7 +415,7 @@ def test_the_aspect_comes_from_the_files_and_reaches_sam(tmp_path):
     from conftest import compose
     from ultrarefiner.phases.e2e import E2EPhase
     from ultrarefiner.phases.sam import SamPhase
-    from ultrarefiner.runs import build
+    from ultrarefiner.runs import assemble
     from ultrarefiner.runs.plan import earlier_phase
 
     for i in range(20):
@@ -426,7 +426,7 @@ def test_the_aspect_comes_from_the_files_and_reaches_sam(tmp_path):
         save(tmp_path / "data" / "masks" / f"{i}.png", lesion.astype(np.uint8) * 255)
     cfg = compose(f"output_root={tmp_path}", "dataset=folder", f"data_root={tmp_path / 'data'}", "roi=off", micro=False)
     for kind, own in ((E2EPhase, cfg), (SamPhase, earlier_phase(cfg, "sam"))):
-        data, phase = build.build_data(own, kind), build.build_phase(own, kind, {})
+        data, phase = assemble.build_data(own, kind), assemble.build_phase(own, kind, {})
         sam, met = phase.cascade.refiner.sam, Encoded()
         sam.image_encoder.register_forward_pre_hook(met)
         for loader, use in ((data.train_dataloader(), phase.terms), (data.val_dataloader(), phase.masks)):

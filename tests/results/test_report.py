@@ -146,6 +146,14 @@ def test_masks_of_another_tool_stand_beside_the_runs(three, tmp_path):
     assert any(abs(abs(row["mean"]) - abs(change.mean())) < 1e-12 for row in pairs)
 
 
+def test_a_pair_without_its_run_is_named_by_its_folder_or_its_file(tmp_path):
+    for place, name in (("/else/pair/sam.safetensors", "pair"), ("/else/copied.ckpt", "copied.ckpt")):
+        write_evaluation(tmp_path / name, patients(0), 3, checkpoint=place)
+    assert {group.setting for group in gather(tmp_path)[1]} == {"pair", "copied.ckpt"}
+    report.write(tmp_path, tmp_path / "out", "T", 10, 3)
+    assert "2 results below" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
 def test_the_list_tells_how_far_and_how_good(tmp_path, call):
     write_run(tmp_path, "fold=0", name="done")
     write_run(tmp_path, "fold=1", name="stopped", finished=False)

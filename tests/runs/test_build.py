@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from conftest import compose
 from ultrarefiner import cli, config
-from ultrarefiner.runs import build
+from ultrarefiner.runs import assemble, build
 from ultrarefiner.runs.plan import earlier_phase
 
 
@@ -20,7 +20,7 @@ def test_every_phase_keeps_to_the_fold(tmp_path):
     cfg = compose(f"output_root={tmp_path}", "fold=1")
     splits = {}
     for phase in (earlier_phase(cfg, "coarse"), earlier_phase(cfg, "sam"), cfg):
-        data = build.build_data(phase, get_class(phase.phase._target_))
+        data = assemble.build_data(phase, get_class(phase.phase._target_))
         splits[phase.phase.name] = {part: {c.key for c in data.split.part(part)} for part in ("train", "val", "test")}
         loaded = {name for batch in data.train_dataloader() for name in batch["id"]}
         assert loaded <= {case.id for case in data.split.train}
@@ -55,7 +55,7 @@ def test_every_setting_arrives_in_its_object(group):
     cfg = compose(
         *base, *(f"{group}.{key}={value}" for key, value in settings.items()), "prompt_style.negative_point=false"
     )
-    place = PLACES[group](build.build_phase(cfg, get_class(cfg.phase._target_), {}))
+    place = PLACES[group](assemble.build_phase(cfg, get_class(cfg.phase._target_), {}))
     assert settings and {key: getattr(place, key) for key in settings} == settings
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ultrarefiner import cli, files
 from ultrarefiner.errors import UserError
-from ultrarefiner.runs import checkpoints
+from ultrarefiner.runs import checkpoints, keeping
 
 
 class Malicious:
@@ -46,7 +46,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_damage_is_noticed_and_the_previous_checkpoint_used(tmp_path, caplog, damage):
-    io = checkpoints.SafeCheckpointIO()
+    io = keeping.SafeCheckpointIO()
     for step in (1, 2):
         io.save_checkpoint({"step": step, "weights": torch.arange(5000.0)}, tmp_path / checkpoints.LAST)
     last = tmp_path / checkpoints.LAST

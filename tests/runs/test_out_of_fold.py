@@ -24,7 +24,7 @@ from ultrarefiner.phases.coarse import CoarsePhase
 from ultrarefiner.refine.prompts import soft_box
 from ultrarefiner.refine.roi import LesionRoi
 from ultrarefiner.runs import out_of_fold, start, training
-from ultrarefiner.runs.build import build_data
+from ultrarefiner.runs.assemble import build_data
 from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.interruption import Deadline
 from ultrarefiner.runs.plan import plan

@@ -12,7 +12,7 @@ from conftest import compose
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
 from ultrarefiner.models import weights
-from ultrarefiner.runs import checkpoints
+from ultrarefiner.runs import keeping
 from ultrarefiner.runs.experiment import run
 from ultrarefiner.runs.plan import plan
 
@@ -167,14 +167,14 @@ def test_an_interrupted_run_ends_in_the_same_weights(finished_runs, tmp_path, mo
     class Killed(Exception):
         pass
 
-    original = checkpoints.KeepCheckpoints.on_train_epoch_end
+    original = keeping.KeepCheckpoints.on_train_epoch_end
 
     def kill_after_first(self, trainer, pl_module):
         original(self, trainer, pl_module)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.KeepCheckpoints, "on_train_epoch_end", kill_after_first)
+        patch.setattr(keeping.KeepCheckpoints, "on_train_epoch_end", kill_after_first)
         with pytest.raises(Killed):
             run(compose(f"output_root={root}"))
     assert not (whole / "summary.json").exists()

@@ -14,17 +14,17 @@ from ultrarefiner.models.cascade import soft_logit
 from ultrarefiner.phases.sam import SamPhase
 from ultrarefiner.refine.refiner import select
 from ultrarefiner.refine.roi import covering, crop, paste
-from ultrarefiner.runs import build
+from ultrarefiner.runs import assemble
 from ultrarefiner.runs.experiment import run
 
 
 def phase_of(*overrides: str) -> SamPhase:
     cfg = compose("phase=sam", "gate=hybrid", *overrides)
-    return build.build_phase(cfg, SamPhase, {}).train()
+    return assemble.build_phase(cfg, SamPhase, {}).train()
 
 
 def data_of(tmp_path, *overrides: str):
-    return build.build_data(compose(f"output_root={tmp_path}", "phase=sam", *overrides), SamPhase)
+    return assemble.build_data(compose(f"output_root={tmp_path}", "phase=sam", *overrides), SamPhase)
 
 
 def blobs(count: int, size: int = 64) -> Tensor:

@@ -42,9 +42,7 @@ def read_map(path: Path) -> Float32[np.ndarray, "H W"]:
     if values.ndim != 2 or not values.size:
         raise UserError(f"{path} holds {values.shape} numbers, not one mask of height × width")
     if not np.isfinite(values).all() or values.min() < 0:
-        raise UserError(
-            f"{path} holds numbers that are negative or not finite; give a mask or probabilities, no logits"
-        )
+        raise UserError(f"{path} holds numbers that are negative or not finite; give masks or probabilities, no logits")
     return np.asarray(values, dtype=np.float32)
 
 

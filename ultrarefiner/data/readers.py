@@ -151,9 +151,7 @@ class BusBra(FileReader):
         found = {image.stem: (image, mask) for _, image, mask in self.pairs(root, "Images", "Masks", ("bus_", "mask_"))}
         for id, (image, _) in found.items():
             if id not in table:
-                raise UserError(
-                    f"{image} is not named in bus_data.csv: add its row (ID, Case, Pathology) or remove it."
-                )
+                raise UserError(f"{image} is not in bus_data.csv: add its row (ID, Case, Pathology) or remove it.")
         absent = len(table) - len(found)
         if absent:
             self.left_out.append(Exclusion(f"{absent} rows of bus_data.csv", "neither image nor mask is there"))
@@ -339,9 +337,7 @@ class Folder(FileReader):
         for id, row in table.items():
             key = files.stem_key(Path(id).stem if Path(id).suffix.lower() in SUFFIXES else id)
             if key not in images:
-                raise UserError(
-                    f"{path} names the unknown image {id!r}: add it to {root / 'images'} or remove the row."
-                )
+                raise UserError(f"{path} names an unknown image {id!r}: add it to {root / 'images'} or remove the row.")
             rows[key] = {field: row[column] for field, column in columns.items()}
             about = tuple((name, row[name]) for name in self.about)
             rows[key] = {**rows[key], "patient": rows[key].get("patient") or None, "about": about}

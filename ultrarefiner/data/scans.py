@@ -28,6 +28,7 @@ from ultrarefiner.data.images import (
     picture_pixels,
 )
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import sha256
 
 _ADVICE = "restore the file or remove it"
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')  # in no name that every system can store
@@ -210,11 +211,8 @@ def load_coarse(path: Path, shape: tuple[int, int]) -> Shaped[np.ndarray, "H W"]
 
 def file_hash(path: Path) -> str:
     """The start of a file's SHA-256, by which it is known again."""
-    with decoding(path, _ADVICE), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()[:16]
+    with decoding(path, _ADVICE):
+        return sha256(path)[:16]
 
 
 def _soft(path: Path) -> Float32[np.ndarray, "H W"] | None:

@@ -31,9 +31,7 @@ class UncertaintyGate(nn.Module):
     def __init__(self, gamma: float = 1.0, low: float = 0.1, high: float = 1.0) -> None:
         super().__init__()
         if gamma <= 0 or not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"a gate needs gamma > 0 and 0 ≤ low ≤ high ≤ 1, got gamma={gamma}, low={low}, high={high}"
-            )
+            raise ValueError(f"a gate needs gamma > 0, 0 ≤ low ≤ high ≤ 1, got gamma={gamma}, low={low}, high={high}")
         self.gamma, self.low, self.high = gamma, low, high
 
     def gate(self, coarse: Tensor, refined: Tensor, image: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ def _name(content: Mapping[str, Any], run: Found | None) -> str:
     names = [] if run is None else [run.setting]
     if content["predictions"]:
         names.append(f"masks of {Path(content['predictions']).name}")
-    return ", ".join(names) or Path(content["checkpoint"]).name
+    file = Path(content["checkpoint"] or "")
+    return ", ".join(names) or (file.parent if file.suffix == ".safetensors" else file).name  # a folder of `export`
 
 
 def unfair(seen: Mapping[str, Any]) -> str:

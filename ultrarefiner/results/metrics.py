@@ -73,12 +73,10 @@ def boundary_iou(pred: Mask, truth: Mask, ratio: float = 0.02) -> float:
     import cv2
 
     width = max(1, round(ratio * math.hypot(*truth.shape)))
-    square = np.ones((3, 3), np.uint8)
+    ones = np.ones((3, 3), np.uint8)
 
     def band(mask: Mask) -> Mask:
-        inner = cv2.erode(
-            mask.astype(np.uint8), square, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0
-        )
+        inner = cv2.erode(mask.astype(np.uint8), ones, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
         return np.asarray(mask & (inner == 0))
 
     one, other = band(pred), band(truth)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ultrarefiner.runs.checkpoints import KeepCheckpoints
+from ultrarefiner.runs.keeping import KeepCheckpoints
 
 TRIAL_STEPS = 10
 TRIAL_SECONDS = 20.0

@@ -1,19 +1,16 @@
-"""Checkpoint files: written whole or not at all, read without running code, the previous one kept."""
+"""Checkpoint files: what they say of themselves, and which one is which."""
 
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
-from pytorch_lightning.callbacks import Checkpoint
+from torch import nn
 
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load, replacing
-from ultrarefiner.models.weights import SAFETENSORS, read_metadata
+from ultrarefiner.files import load
+from ultrarefiner.models.weights import SAFETENSORS, load_strictly, read_metadata
 from ultrarefiner.settings import COARSE, SAM, portable
 
 log = logging.getLogger(__name__)
@@ -23,6 +20,8 @@ BUILDS = ("model", "prompt_style", "roi", "gate", "phase", "fold", "seed")
 SAID = ("ultrarefiner", "config", "seen")
 SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 """The pair of networks that comes with the project, as `ultrarefiner.export` writes a pair."""
+GATE = ".gate.pth"
+"""What the file of a trained gate ends in, beside the SAM that it was trained with."""
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
 
@@ -63,7 +62,7 @@ def said_of(path: Path, content: Any = None) -> dict[str, Any]:
     return {name: content[name] for name in SAID} if known else {}
 
 
-ONNX, PROGRAM = "model.onnx", "model.pt2"
+ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
 """The whole pipeline as one graph, in a folder of `ultrarefiner.export`."""
 
 
@@ -92,56 +91,18 @@ def resume_point(folder: Path) -> Path | None:
     return None
 
 
-class SafeCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints through `save` and `load`; the last one is kept as the previous one."""
+def load_gate(gate: nn.Module | None, file: Path) -> None:
+    """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write atomically, after moving what is there to `previous.ckpt` if it is the last one."""
-        path = Path(path)
-        with replacing(path) as part:
-            torch.save(checkpoint, part)
-            if path.name == LAST and path.is_file():
-                path.replace(path.with_name(PREVIOUS))
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read without executing anything, whatever `weights_only` says."""
-        checkpoint: dict[str, Any] = load(path)
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-
-class KeepCheckpoints(Checkpoint):
-    """After each epoch: `last.ckpt` to resume from, and `best.ckpt` (weights only) when the monitored value rose.
-
-    Args:
-        folder: where they go.
-        monitor: logged value, higher is better.
+    Raises:
+        UserError: Phase 2 has trained one, and it is not there.
     """
-
-    def __init__(self, folder: Path, monitor: str) -> None:
-        self.folder, self.monitor = folder, monitor
-        self.best = float("-inf")
-        self.best_epoch = -1
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs to know of the best epoch so far."""
-        return {"best": self.best, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The counterpart of `state_dict`."""
-        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the best; before the last, so that a `last.ckpt` never speaks of a best one that is not there."""
-        # What the guard put together after the validation was not measured: the best only while there is no other.
-        value = float(trainer.callback_metrics[self.monitor]) if pl_module.measured else float("-inf")
-        if value > self.best or self.best_epoch < 0:
-            self.best, self.best_epoch = value, trainer.current_epoch
-            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the last."""
-        trainer.save_checkpoint(self.folder / LAST)
+    if gate is None or not gate.state_dict() or not said_of(file):
+        return
+    beside = file.with_suffix(GATE)
+    if not beside.is_file():
+        raise UserError(
+            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there, "
+            "or give the run's best.ckpt"
+        )
+    load_strictly(gate, load(beside), str(beside))

@@ -21,7 +21,8 @@ from ultrarefiner.data.failures.softness import Softness
 from ultrarefiner.data.predictions import Predictions
 from ultrarefiner.ranks import agreed, rank
 from ultrarefiner.runs import checkpoints
-from ultrarefiner.runs.build import build, build_phase, plain
+from ultrarefiner.runs.assemble import build_phase
+from ultrarefiner.runs.build import build, plain
 from ultrarefiner.runs.plan import FIT, Run, wants_fit
 
 

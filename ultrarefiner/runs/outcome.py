@@ -23,7 +23,6 @@ from ultrarefiner.results.metrics import mean_scores
 from ultrarefiner.runs import checkpoints, provenance, tracking
 from ultrarefiner.runs.build import plain
 from ultrarefiner.runs.plan import Run
-from ultrarefiner.runs.start import GATE
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def _save_networks(phase: Phase, folder: Path) -> None:
         "sam": None if cascade.refiner is None else merge_lora(cascade.refiner.sam),  # the publisher knows no LoRA
     }
     if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
-        save(cascade.gate.state_dict(), folder / f"best_sam{GATE}")
+        save(cascade.gate.state_dict(), folder / f"best_sam{checkpoints.GATE}")
     licences = {"coarse": cascade.coarse, "sam": None if cascade.refiner is None else cascade.refiner.sam}
     for name, state in states.items():
         if state is not None:

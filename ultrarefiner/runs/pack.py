@@ -11,8 +11,7 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_json, write_atomically
 from ultrarefiner.models.weights import SAFETENSORS, read_metadata, read_state_dict, write_state_dict
 from ultrarefiner.results.card import model_card, with_onnx
-from ultrarefiner.runs.checkpoints import exported
-from ultrarefiner.runs.start import GATE
+from ultrarefiner.runs.checkpoints import GATE, exported
 from ultrarefiner.settings import COARSE, SAM
 
 CARD = "README.md"

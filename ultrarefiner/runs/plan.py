@@ -25,7 +25,8 @@ from ultrarefiner.models.weights import RELEASES, fetch
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.precision import FULL, fastest
 from ultrarefiner.results.tables import read_result
-from ultrarefiner.runs.build import build_data, build_store, find
+from ultrarefiner.runs.assemble import build_data, build_store
+from ultrarefiner.runs.build import find
 from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported
 from ultrarefiner.runs.provenance import run_directory, sources
 from ultrarefiner.settings import COARSE, SAM, defining
@@ -181,9 +182,7 @@ def _fetch(cfg: DictConfig, parts: Collection[str]) -> None:
     if COARSE in parts and model.coarse_weights == AUTO:
         name = RELEASES_OF.get(model.coarse.get("name"))
         if name is None:
-            raise UserError(
-                "model.coarse_weights=auto: no file is known for this network; give a path, or leave it null"
-            )
+            raise UserError("model.coarse_weights=auto: no file is known for this network; give a path, or null")
         model.coarse_weights = str(fetch(name))
     if SAM in parts and sam.get("checkpoint") == AUTO and sam.get("family") in RELEASES and not sam.get("random_init"):
         sam.checkpoint = str(fetch(sam.family))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultrarefiner.config import Config
 from ultrarefiner.data.cases import Case
@@ -14,15 +14,13 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import load, read_json
-from ultrarefiner.models.weights import SAFETENSORS, load_strictly, require_finite
+from ultrarefiner.models.weights import SAFETENSORS, require_finite
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.runs import checkpoints
-from ultrarefiner.runs.build import build_phase, load_start
+from ultrarefiner.runs.assemble import build_phase, load_start
 from ultrarefiner.runs.plan import Run
-from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, fitting, without_start
+from ultrarefiner.settings import COARSE, NAMES_OF_WEIGHTS, SAM, comparable, fitting, without_start
 
-GATE = ".gate.pth"
-"""What the file of a trained gate ends in, beside the SAM that it was trained with."""
 _PARTS = {"val": "validation", "train": "training"}
 MERGED = "model.lora"
 """Plain weights have their LoRA terms merged, and start a model with other ones or none as well."""
@@ -66,7 +64,7 @@ def prepare(run: Run) -> Beginning:
             seen |= _unseen(run, f"{key}={path}", checkpoints.said_of(Path(path).expanduser()))
     phase = build_phase(run.cfg, run.kind, given.files)
     if SAM in given.files:
-        load_gate(phase.cascade.gate, given.files[SAM])
+        checkpoints.load_gate(phase.cascade.gate, given.files[SAM])
     return Beginning(phase, given.states, seen)
 
 
@@ -161,23 +159,6 @@ def require_unseen(data: DataModule, parts: Sequence[str], key: str, seen: Seen,
     return found
 
 
-def load_gate(gate: nn.Module | None, file: Path) -> None:
-    """Give the gate what Phase 2 taught it beside the SAM in a file; beside a publisher's it starts as it is.
-
-    Raises:
-        UserError: Phase 2 has trained one, and it is not there.
-    """
-    if gate is None or not gate.state_dict() or not checkpoints.said_of(file):
-        return
-    beside = file.with_suffix(GATE)
-    if not beside.is_file():
-        raise UserError(
-            f"phase.sam_checkpoint={file} was trained with a gate, which is not beside it; copy {beside.name} there, "
-            "or give the run's best.ckpt"
-        )
-    load_strictly(gate, load(beside), str(beside))
-
-
 def _unseen(run: Run, key: str, said: Mapping[str, Any]) -> Seen:
     """The images that given weights have seen.
 
@@ -194,21 +175,10 @@ def _check(run: Run, name: str, key: str, settings: dict[str, Any], merged: bool
     if made_by not in (name, phase):
         raise UserError(f"{key} was made by phase={made_by}; give one of phase={name}")
     here = {key: value for key, value in fitting(run.cfg, name, Config).items() if not (merged and key == MERGED)}
-    trained, wanted = _flat(without_start({key: settings.get(key) for key in here})), _flat(here)
+    trained, wanted = comparable(without_start({key: settings.get(key) for key in here})), comparable(here)
     keys = [k for k in sorted({*trained, *wanted}) if trained.get(k) != wanted.get(k)]
     keys = [k for k in keys if f"{k.partition('.')[0]}.name" not in keys or k.endswith(".name")]  # roi=off says it all
     said = {k: k.removesuffix(".name") if k.count(".") == 1 else k for k in keys}
     differing = [f"{said[k]}={trained.get(k)} (here {wanted.get(k)})" for k in keys]
     if differing:
         raise UserError(f"{key} was trained with other settings: {', '.join(differing)}; make both the same")
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat({f"{key}.{name}": inner for name, inner in value.items()})
-        else:
-            flat[key] = value
-    return flat

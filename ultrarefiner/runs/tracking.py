@@ -221,9 +221,7 @@ def wandb_logger(
     try:
         run = begin(resume="allow") if wandb.login(prompt=False) else begin(mode="offline")
     except wandb.errors.CommError as error:
-        log.warning(
-            "Weights & Biases cannot be reached (%s); the run is written to disk, `wandb sync` uploads it", error
-        )
+        log.warning("Weights & Biases cannot be reached (%s); the run is on the disk, `wandb sync` uploads it", error)
         run = begin(mode="offline")
     return finish(run)
 

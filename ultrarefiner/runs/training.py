@@ -22,7 +22,7 @@ from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import tables
 from ultrarefiner.results.evaluation import Rows, evaluate
 from ultrarefiner.results.metrics import mean_scores
-from ultrarefiner.runs import callbacks, checkpoints, ddp, history, outcome, start, tracking
+from ultrarefiner.runs import callbacks, checkpoints, ddp, history, keeping, outcome, start, tracking
 from ultrarefiner.runs.build import blaming, build, find, misfit, own_targets, plain
 from ultrarefiner.runs.interruption import Deadline, Interruption
 from ultrarefiner.runs.out_of_fold import add_predictions
@@ -65,7 +65,7 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
     try:
         if cfg.trainer.compile:
             phase.cascade.compile_networks()
-        keeper = checkpoints.KeepCheckpoints(directory / "checkpoints", phase.monitor)
+        keeper = keeping.KeepCheckpoints(directory / "checkpoints", phase.monitor)
         trainer = _trainer(run, phase, loggers, keeper, deadline)
         # Before a checkpoint is read: Lightning converts after that, and trainer.precision=64-true would lose digits.
         trainer.precision_plugin.convert_module(phase)
@@ -182,7 +182,7 @@ _NO_MEMORY = re.compile("out of memory|can't allocate memory|worker .* (killed b
 
 
 def _trainer(
-    run: Run, phase: Phase, loggers: list[Logger], keeper: checkpoints.KeepCheckpoints, deadline: Deadline
+    run: Run, phase: Phase, loggers: list[Logger], keeper: keeping.KeepCheckpoints, deadline: Deadline
 ) -> pl.Trainer:
     cfg, t, directory = run.cfg, run.cfg.trainer, run.directory
     average: list[Callback] = []
@@ -210,7 +210,7 @@ def _trainer(
             callbacks.Patience(cfg.phase.patience, keeper),
             Interruption(directory / "checkpoints" / checkpoints.LAST, deadline, t.save_minutes),
         ],
-        plugins=[checkpoints.SafeCheckpointIO(), *ddp.plugins()],
+        plugins=[keeping.SafeCheckpointIO(), *ddp.plugins()],
         enable_progress_bar=tracking.watched(t.progress_bar),
         enable_model_summary=False,
         num_sanity_val_steps=0,
