@@ -75,10 +75,8 @@ def _predict(cfg: DictConfig) -> None:
     from ultrarefiner.results.prediction import Predictions, alone_in, finish, predict, progress
 
     warnings.filterwarnings("ignore", module=r"PIL|pydicom|highdicom")  # what is wrong with a file is said at the end
-    if cfg.dicom:
-        check_installed()
-    output = Path(cfg.output).expanduser()
-    found = find_scans(cfg.images, output)
+    check_installed(cfg.dicom)
+    found = find_scans(cfg.images, output := Path(cfg.output).expanduser())
     masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)
     print(f"{len(found.scans)} images in {cfg.images}, {found.others} other files left alone", flush=True)
 
@@ -87,9 +85,9 @@ def _predict(cfg: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(cfg)
     options = {key: plain[key] for key in ("lesions", "tta", "precision")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, cfg.backend, **options)
-    settings = {"checkpoint": content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))}
-    settings |= {"coarse": "network" if masks is None else "masks", "precision": segmenter.precision}
-    settings |= {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
+    settings = {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
+    settings |= {"precision": segmenter.precision, "coarse": "network" if masks is None else "masks"}
+    settings["checkpoint"] = content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))
     with alone_in(output), progress(sum(scan.frames for scan in found.scans)) as step:
         results = Predictions(output, settings, cfg.spacing, cfg.extras)
         problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)

@@ -58,12 +58,14 @@ class _Found(NamedTuple):
         return f"Frame {self.frame}, lesion {self.number}" if clip else f"Lesion {self.number}"
 
 
-def check_installed() -> None:
+def check_installed(wanted: bool = True) -> None:
     """Called before any work is done.
 
     Raises:
-        UserError: highdicom is missing.
+        UserError: DICOM objects are wanted, and highdicom is missing.
     """
+    if not wanted:
+        return
     imported("highdicom", "highdicom", "dicom")
     logging.getLogger("highdicom").setLevel(logging.ERROR)  # what it warns of are names of patients
 
