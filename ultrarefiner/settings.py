@@ -138,7 +138,8 @@ def check(cfg: DictConfig, prefix: str = "") -> None:
             raise UserError(f"{key} must be a name of up to 80 letters, without / or \\ or a first dot, got {value!r}")
     weights = [name for name in names if name.endswith("_weight")]
     if len(weights) > 1 and all(cfg[name] == 0 for name in weights):
-        raise UserError(f"one of {', '.join(f'{prefix}{name}' for name in weights)} must exceed 0: nothing counts")
+        listed = ", ".join(f"{prefix}{name}" for name in weights)
+        raise UserError(f"one of {listed} must be more than 0: nothing counts")
 
 
 def defining(cfg: Any, parts: frozenset[str], schema: type) -> dict[str, Any]:
