@@ -102,9 +102,12 @@ def write_int8(model: Path, path: Path) -> None:
     Convolutions stay as they are: with them the masks get worse (docs/predict.md).
     """
     quantization = imported("onnxruntime.quantization", "onnxruntime", "onnx")
+    graph = imported("onnx", "onnx", "onnx").load(model).graph
+    axes = {weight.name: len(weight.dims) for weight in graph.initializer}
+    stacks = [node.name for node in graph.node if axes.get((*node.input, "", "")[1], 2) > 2]  # no runtime takes these
     logging.disable(logging.WARNING)  # of a step before it that changes nothing here
     with files.replacing(path) as part:
-        quantization.quantize_dynamic(model, part, ["MatMul", "Gemm"], per_channel=True)
+        quantization.quantize_dynamic(model, part, ["MatMul", "Gemm"], per_channel=True, nodes_to_exclude=stacks)
     logging.disable(logging.NOTSET)
 
 
