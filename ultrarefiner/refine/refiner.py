@@ -66,6 +66,19 @@ def select(
     return (weights[:, :, None, None] * masks).sum(1, keepdim=True)
 
 
+def masks_per_image(masks: Float[Tensor, "P 1 h w"], image: Float[Tensor, "B 1 S S"]) -> int:
+    """How many neighbouring masks belong to each image; in a graph for any number of images it is one.
+
+    Raises:
+        ValueError: their number is no multiple of that of the images.
+    """
+    if torch.compiler.is_exporting():
+        return 1
+    if len(masks) % len(image):
+        raise ValueError(f"{len(masks)} maps are no multiple of {len(image)} images")
+    return len(masks) // len(image)
+
+
 class Refiner(nn.Module):
     """roi → crop → prompts → encode → decode → select → paste; the same object in Phase 2 and in Phase 3.
 
@@ -131,10 +144,8 @@ class Refiner(nn.Module):
         Raises:
             ValueError: P is no multiple of B.
         """
-        if not torch.compiler.is_exporting() and len(prob) % len(image):
-            raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        several = 1 if torch.compiler.is_exporting() else len(prob) // len(image)  # a graph has one map for each image
+        several = masks_per_image(prob, image)
         aspect = precise(prob).new_ones(image.shape[0]) if aspect is None else aspect
         single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
         shared = covering(single, image.shape[0], margins, aspect if self.roi.keeps_aspect else None)

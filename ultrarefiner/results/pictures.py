@@ -138,16 +138,13 @@ def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: 
     cases = [Overlay(*row) for row in rows]
     if not cases:
         return save(notice(figure(4.2, 1.0), "no cases"), out)
-    names = [
-        "image",
-        "truth",
-        *(name for name in ("coarse", "refined") if any(getattr(c, name) is not None for c in cases)),
-    ]
+    drawn_ones = [name for name in ("coarse", "refined") if any(getattr(case, name) is not None for case in cases)]
+    names = ["image", "truth", *drawn_ones]
     heights = [_PANEL * min(max(c.image.shape[0] / c.image.shape[1], 0.3), 2.0) for c in cases]
     width = _MARGIN + len(names) * (_PANEL + _GAP)
     height = _LINE + sum(heights) + len(cases) * (_LINE + _GAP)
     drawn = figure(width, height)
-    axes = drawn.add_axes((0, 0, 1, 1))  # one for all panels, in inches from the top left: each costs as much as an image
+    axes = drawn.add_axes((0, 0, 1, 1))  # one for all panels, in inches: each would cost as much as an image
     axes.set_axis_off()
 
     def write(x: float, y: float, text: str, **look: Any) -> None:
