@@ -6,6 +6,7 @@ import type_checks
 type_checks.install()
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -37,6 +38,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+gc.freeze()  # a tenth of the time went into looking through what was imported again and again
 
 
 def _seed(item: pytest.Item) -> None:

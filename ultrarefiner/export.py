@@ -60,11 +60,11 @@ def _export(cfg: DictConfig) -> None:
 
     for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(cfg.format) else ():
         imported(package, package, "onnx")  # before anything is written
-    from ultrarefiner.runs.checkpoints import SHIPPED
+    from ultrarefiner.runs.checkpoints import located
     from ultrarefiner.runs.pack import pack
 
-    checkpoint = SHIPPED if cfg.checkpoint == "shipped" else Path(cfg.checkpoint).expanduser()
-    for path in pack(checkpoint, Path(cfg.output).expanduser(), cfg.half, lambda folder: _graphs(folder, cfg.format)):
+    output, formats = Path(cfg.output).expanduser(), cfg.format
+    for path in pack(located(cfg.checkpoint), output, cfg.half, lambda folder: _graphs(folder, formats)):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -72,8 +72,8 @@ def _graphs(folder: Path, formats: Sequence[str]) -> list[Path]:
     """The pipeline whose weights lie in a folder, as one file of each format."""
     if not {"onnx", "int8", "export"} & set(formats):
         return []
+    from ultrarefiner.files import INT8, ONNX, PROGRAM
     from ultrarefiner.models import graph
-    from ultrarefiner.runs.checkpoints import INT8, ONNX, PROGRAM
     from ultrarefiner.segmenter import Segmenter
 
     segmenter = Segmenter.load(folder, "cpu")

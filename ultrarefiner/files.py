@@ -21,6 +21,9 @@ from typing import Any
 
 from ultrarefiner.errors import UserError
 
+ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
+"""The whole pipeline as one graph, in a folder of `ultrarefiner.export`."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that at any moment either the old or the new one is there in full.

@@ -8,10 +8,7 @@ from omegaconf import DictConfig
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
 
-GROUPS = {
-    "dataset": "which images",
-    "model": "whose image sizes are cached",
-}
+GROUPS = {"dataset": "which images", "model": "whose image sizes are cached"}
 
 INTRODUCTION = """\
 Check a dataset, say what is in it, and build the cache that training reads.

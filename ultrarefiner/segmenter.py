@@ -23,7 +23,7 @@ from ultrarefiner.data.images import load_colours, luminance, to_square
 from ultrarefiner.data.mask_maps import coarse_map
 from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import folder_sha256, load, sha256
+from ultrarefiner.files import ONNX, folder_sha256, load, sha256
 from ultrarefiner.models.cascade import Cascade, lesion_logit, soft_logit
 from ultrarefiner.models.onnx_backend import OnnxCascade
 from ultrarefiner.precision import AUTO, FULL, computing, fastest
@@ -31,7 +31,7 @@ from ultrarefiner.results.measures import numbered
 from ultrarefiner.results.safety import NO_LESION, Safety
 from ultrarefiner.results.segmentation import Segmentation as Segmentation
 from ultrarefiner.runs.build import build_cascade
-from ultrarefiner.runs.checkpoints import BEST, ONNX, SHIPPED, exported, load_gate, said_of
+from ultrarefiner.runs.checkpoints import BEST, SHIPPED, exported, load_gate, located, said_of
 from ultrarefiner.settings import COARSE, PREDICTING, SAM
 
 Picture = NDArray[Any]
@@ -279,7 +279,7 @@ def checkpoint_file(path: str | Path | None, backend: str = "torch") -> Path:
     """
     if backend not in BACKENDS:
         raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
-    path = SHIPPED if path in (None, "shipped") else Path(path or "").expanduser()
+    path = located(path)
     if backend == "onnx":
         file = path / ONNX if path.is_dir() else path
         if not file.is_file() or file.suffix != Path(ONNX).suffix:

@@ -7,10 +7,7 @@ from omegaconf import DictConfig
 
 from ultrarefiner import cli
 
-GROUPS = {
-    "dataset": "which images",
-    "model": "whose coarse size the masks have",
-}
+GROUPS = {"dataset": "which images", "model": "whose coarse size the masks have"}
 
 INTRODUCTION = """\
 Write coarse masks that fail as networks do, for a look, for other programs, or for Phase 2 to train on.

@@ -114,7 +114,7 @@ def test_the_crop_is_encoded_once_and_covers_every_box(monkeypatch):
     torch.manual_seed(3)
     margins = 0.1 * torch.rand(2, 4)
     prob = batch["prob"].flatten(0, 1)[:, None]
-    refined = refiner(batch["image"], prob, refiner.look(prob, 2, margins))
+    refined = refiner(batch["image"], prob, refiner.look(prob, batch["image"], margins))
     assert sizes == [2] and len(refined.logits) == 8
     single = refiner.roi.boxes(prob)
     assert (refined.boxes[:, :2] <= single[:, :2]).all() and (refined.boxes[:, 2:] >= single[:, 2:]).all()

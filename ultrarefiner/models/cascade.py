@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ultrarefiner.refine.refiner import Refinement, Refiner
+from ultrarefiner.refine.refiner import Refinement, Refiner, masks_per_image
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -87,8 +87,7 @@ class Cascade(nn.Module):
         if self.gate is None:
             return refined
         coarse_frame = F.interpolate(coarse_logit, size=image.shape[-2:], mode="bilinear", align_corners=False)
-        several = 1 if torch.compiler.is_exporting() else len(coarse_logit) // len(image)
-        each = image.repeat_interleave(several, dim=0)
+        each = image.repeat_interleave(masks_per_image(coarse_logit, image), dim=0)
         return refined._replace(logits=self.gate(coarse_frame, refined.logits, each))
 
     def forward(

@@ -38,11 +38,7 @@ class LoraLinear(nn.Linear):
 
 
 def add_lora(
-    sam: Sam,
-    rank: int = 4,
-    alpha: float = 4.0,
-    blocks: Any = None,
-    targets: Sequence[str] = TARGETS,
+    sam: Sam, rank: int = 4, alpha: float = 4.0, blocks: Any = None, targets: Sequence[str] = TARGETS
 ) -> list[nn.Parameter]:
     """Give the image encoder's attention layers trainable low-rank terms; what was there keeps its requires_grad.
 

@@ -75,7 +75,7 @@ class SamPhase(Phase):
         if margins is None and several > 1:
             margins = torch.rand(images, 4).to(coarse)
         margins = None if margins is None else MARGIN * margins
-        boxes = self.cascade.refiner.look(torch.sigmoid(soft_logit(where)), images, margins, batch["aspect"])
+        boxes = self.cascade.refiner.look(torch.sigmoid(soft_logit(where)), batch["image"], margins, batch["aspect"])
         refined = self.cascade.refine(batch["image"], soft_logit(coarse), boxes, batch["aspect"])
         prob, pixel = refined.logits.sigmoid(), losses.pixel_bce(refined.logits, target)
         terms = {

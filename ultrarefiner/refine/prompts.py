@@ -7,14 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ultrarefiner.refine.moments import (
-    EMPTY_MASS,
-    mask_moments,
-    pixel_centres,
-    precise,
-    sharpen,
-    spread_box,
-)
+from ultrarefiner.refine.moments import EMPTY_MASS, mask_moments, pixel_centres, precise, sharpen, spread_box
 
 # Width of the soft box's edge as a fraction of the frame: two pixels of a 224-pixel map.
 BOX_EDGE = 0.01

@@ -66,6 +66,19 @@ def select(
     return (weights[:, :, None, None] * masks).sum(1, keepdim=True)
 
 
+def masks_per_image(masks: Float[Tensor, "P 1 h w"], image: Float[Tensor, "B 1 S S"]) -> int:
+    """How many neighbouring masks belong to each image; in a graph for any number of images it is one.
+
+    Raises:
+        ValueError: their number is no multiple of that of the images.
+    """
+    if torch.compiler.is_exporting():
+        return 1
+    if len(masks) % len(image):
+        raise ValueError(f"{len(masks)} maps are no multiple of {len(image)} images")
+    return len(masks) // len(image)
+
+
 class Refiner(nn.Module):
     """roi → crop → prompts → encode → decode → select → paste; the same object in Phase 2 and in Phase 3.
 
@@ -99,21 +112,20 @@ class Refiner(nn.Module):
     def look(
         self,
         prob: Float[Tensor, "P 1 h w"],
-        images: int | torch.SymInt,
+        image: Float[Tensor, "B 1 S S"],
         margins: Float[Tensor, "B 4"] | None = None,
         aspect: Float[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B 4"]:
-        """One box for each of B = `images` images, that holds what all its P / B neighbouring maps propose.
+        """One box for each image, that holds what all its P / B neighbouring maps propose.
 
         Args:
             prob: coarse probability maps in [0, 1].
             margins: see `roi.covering`.
             aspect: native width / height of each image, where the ROI keeps it; None: square images.
         """
-        several = 1 if torch.compiler.is_exporting() else len(prob) // images  # a graph has one map for each image
-        aspect = precise(prob).new_ones(images) if aspect is None else aspect
-        single = self.roi.boxes(prob, aspect.repeat_interleave(several))  # type: ignore[operator]
-        return covering(single, images, margins, aspect if self.roi.keeps_aspect else None)
+        aspect = precise(prob).new_ones(image.shape[0]) if aspect is None else aspect
+        single = self.roi.boxes(prob, aspect.repeat_interleave(masks_per_image(prob, image)))  # type: ignore[operator]
+        return covering(single, image.shape[0], margins, aspect if self.roi.keeps_aspect else None)
 
     def encode(self, image: Float[Tensor, "B 1 S S"], boxes: Float[Tensor, "B 4"]) -> Any:
         """The embedding of what each box shows, taken from the frame at its native detail."""
@@ -150,11 +162,9 @@ class Refiner(nn.Module):
         Raises:
             ValueError: P is no multiple of B.
         """
-        if not torch.compiler.is_exporting() and len(prob) % len(image):
-            raise ValueError(f"{len(prob)} maps are no multiple of {len(image)} images")
         sam: PromptableModel = self.sam  # type: ignore[assignment]
-        several = 1 if torch.compiler.is_exporting() else len(prob) // len(image)
-        shared = self.look(prob, image.shape[0], aspect=aspect) if boxes is None else boxes
+        several = masks_per_image(prob, image)
+        shared = self.look(prob, image, aspect=aspect) if boxes is None else boxes
         boxes = shared.repeat_interleave(several, dim=0)
         seen, within = crop(prob, boxes, sam.mask_size), None
         if self.roi.keeps_aspect:  # what lies outside the image is background, and no place for a prompt

@@ -160,10 +160,7 @@ def crop(x: Float[Tensor, "B C H W"], boxes: Float[Tensor, "B 4"], size: int) ->
 
 
 def paste(
-    logits: Float[Tensor, "B C h w"],
-    boxes: Float[Tensor, "B 4"],
-    size: int,
-    outside: float = BACKGROUND_LOGIT,
+    logits: Float[Tensor, "B C h w"], boxes: Float[Tensor, "B 4"], size: int, outside: float = BACKGROUND_LOGIT
 ) -> Float[Tensor, "B C size size"]:
     """The inverse of `crop`: the logits of each box back in a frame of size × size pixels.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultrarefiner.data.cases import PARTS
+from ultrarefiner.files import ONNX
 from ultrarefiner.results.tables import COLUMNS, Column, markdown, one_line
 
 CITATIONS = {
@@ -29,17 +30,17 @@ from ultrarefiner import Segmenter
 result = Segmenter.load("this folder")("image.png")  # result.mask, result.probability, ...
 ```"""
 
-_WITH_ONNX = """\
-`model.onnx` is the whole pipeline as one file, which needs no more than onnxruntime, numpy and pillow:
+_WITH_ONNX = f"""\
+`{ONNX}` is the whole pipeline as one file, which needs no more than onnxruntime, numpy and pillow:
 
 ```python
 import numpy as np
 import onnxruntime
 from PIL import Image
 
-session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
 image = Image.open("image.png").convert("L")
-given = {"aspect": np.float32([image.width / image.height])}
+given = {{"aspect": np.float32([image.width / image.height])}}
 for frame in session.get_inputs():
     if frame.name != "aspect":
         small = image.resize(frame.shape[2:], Image.Resampling.BILINEAR)
@@ -51,7 +52,7 @@ mask = np.array(Image.fromarray(logit[0, 0]).resize(image.size, Image.Resampling
 
 def with_onnx(card: str, files: Sequence[str]) -> str:
     """A card with an example for the ONNX file, where there is one and the card has none yet."""
-    if "model.onnx" not in files or _WITH_ONNX in card:
+    if ONNX not in files or _WITH_ONNX in card:
         return card
     return card.replace(_USE, f"{_USE}\n\n{_WITH_ONNX}") if _USE in card else f"{card}\n{_WITH_ONNX}\n"
 

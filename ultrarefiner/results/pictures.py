@@ -23,6 +23,7 @@ from ultrarefiner.results.tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 _PANEL, _GAP, _LINE, _MARGIN = 2.2, 0.06, 0.27, 0.36  # inches: a panel's width, between panels, a line of text, left
 
@@ -67,7 +68,10 @@ def curves(
     }
     panels = {title: series for title, series in panels.items() if series}
 
-    drawn = figure(max(4.2 * len(panels), 4.2), 3.2, layout="constrained")
+    width, height = max(4.2 * len(panels), 4.2), 3.2
+    drawn = figure(width, height)
+    # Margins in inches that every number fits into: to measure what is drawn takes as long as to draw it.
+    drawn.subplots_adjust(0.65 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.3 / height, wspace=0.8 / 3.4)
     if not panels:
         return save(notice(drawn, "no metrics yet"), out)
     for axes, (title, lines) in zip(np.atleast_1d(drawn.subplots(1, len(panels))), panels.items(), strict=True):
@@ -134,15 +138,14 @@ def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: 
     cases = [Overlay(*row) for row in rows]
     if not cases:
         return save(notice(figure(4.2, 1.0), "no cases"), out)
-    names = [
-        "image",
-        "truth",
-        *(name for name in ("coarse", "refined") if any(getattr(c, name) is not None for c in cases)),
-    ]
+    drawn_ones = [name for name in ("coarse", "refined") if any(getattr(case, name) is not None for case in cases)]
+    names = ["image", "truth", *drawn_ones]
     heights = [_PANEL * min(max(c.image.shape[0] / c.image.shape[1], 0.3), 2.0) for c in cases]
     width = _MARGIN + len(names) * (_PANEL + _GAP)
     height = _LINE + sum(heights) + len(cases) * (_LINE + _GAP)
     drawn = figure(width, height)
+    axes = drawn.add_axes((0, 0, 1, 1))  # one for all panels, in inches: each would cost as much as an image
+    axes.set_axis_off()
 
     def write(x: float, y: float, text: str, **look: Any) -> None:
         drawn.text(x / width, 1 - y / height, one_line(text, 56), parse_math=False, **look)
@@ -157,11 +160,9 @@ def overlay_sheet(rows: Sequence[Overlay | tuple[Any, ...]], out: Path, labels: 
         top += _LINE
         write(_MARGIN / 2, top + tall / 2, label, rotation=90, ha="center", va="center", color=GREY, size=9)
         for column, name in enumerate(names):
-            left = _MARGIN + column * (_PANEL + _GAP)
-            axes = drawn.add_axes((left / width, 1 - (top + tall) / height, _PANEL / width, tall / height))
-            axes.set_axis_off()
-            _draw_panel(axes, case, name)
+            _draw_panel(axes, case, name, _MARGIN + column * (_PANEL + _GAP), top, tall)
         top += tall + _GAP
+    axes.set(xlim=(0, width), ylim=(height, 0))
     return save(drawn, out)
 
 
@@ -205,26 +206,31 @@ def _read_columns(path: Path) -> dict[str, Series]:
     return columns
 
 
-def _draw_panel(axes: Axes, case: Overlay, name: str) -> None:
+def _draw_panel(axes: Axes, case: Overlay, name: str, left: float, top: float, tall: float) -> None:
     white = 255 if case.image.dtype == np.uint8 else 1
-    axes.imshow(case.image, cmap="gray", vmin=0, vmax=white, aspect="equal")
-    axes.autoscale(False)
+    place = (left, left + _PANEL, top + tall, top)
+    panel = axes.imshow(case.image, cmap="gray", vmin=0, vmax=white, aspect="auto", extent=place)
     mask = None if name == "image" else getattr(case, name)
     if mask is None:
         if name != "image":
-            axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="white", size=8)
+            axes.text(left + _PANEL / 2, top + tall / 2, "none", ha="center", va="center", color="white", size=8)
         return
     if name != "truth":
-        _draw_contour(axes, case.truth, GREEN, 0.9)
-    _draw_contour(axes, mask, COLOURS[name], 1.4)
+        _draw_contour(panel, case.truth, GREEN, 0.9)
+    _draw_contour(panel, mask, COLOURS[name], 1.4)
 
 
-def _draw_contour(axes: Axes, mask: Mask, colour: str, width: float) -> None:
+def _draw_contour(panel: AxesImage, mask: Mask, colour: str, width: float) -> None:
     # A frame of background closes the contour of what touches the border.
     padded = np.pad(np.asarray(mask, dtype=np.float32), 1)
     if padded.any():
-        y, x = (np.arange(-1, side + 1) for side in mask.shape)
-        axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=width)
+        from matplotlib.patches import Rectangle
+
+        left, right, bottom, top = panel.get_extent()
+        x = left + (np.arange(-1, mask.shape[1] + 1) + 0.5) * (right - left) / mask.shape[1]
+        y = top + (np.arange(-1, mask.shape[0] + 1) + 0.5) * (bottom - top) / mask.shape[0]
+        lines = panel.axes.contour(x, y, padded, levels=[0.5], colors=[colour], linewidths=width)
+        lines.set_clip_path(Rectangle((left, top), right - left, bottom - top, transform=panel.axes.transData))
 
 
 def _mark_epochs(axes: Axes, last: float, best: int | None, frozen: int) -> None:

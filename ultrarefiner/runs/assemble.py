@@ -64,13 +64,7 @@ def build_part(cfg: DictConfig, part: str) -> Cases:
 def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:
     """The configured fold without a phase that would use it, with frames of one size (px)."""
     return DataModule(
-        build_store(cfg),
-        **_partition(cfg),
-        coarse_size=size,
-        image_size=size,
-        seed=seed,
-        batch_size=1,
-        frame=False,
+        build_store(cfg), **_partition(cfg), coarse_size=size, image_size=size, seed=seed, batch_size=1, frame=False
     )
 
 
@@ -89,7 +83,8 @@ def _partition(cfg: DictConfig) -> dict[str, Any]:
 
 def build_phase(cfg: DictConfig, kind: type[Phase], files: Mapping[str, Path]) -> Phase:
     """The phase around its networks; see `build_cascade`."""
-    settings = {key: value for key, value in plain(cfg.phase).items() if key not in not_arguments()}
+    ours = not_arguments()
+    settings = {key: value for key, value in plain(cfg.phase).items() if key not in ours}
     settings["optimizer"] = build_optimizer(cfg)
     if BRIDGE in kind.parts:
         settings |= {"protection": ProtectionConfig(**plain(cfg.protection)), "_convert_": "object"}  # and it stays one

@@ -62,8 +62,9 @@ def said_of(path: Path, content: Any = None) -> dict[str, Any]:
     return {name: content[name] for name in SAID} if known else {}
 
 
-ONNX, INT8, PROGRAM = "model.onnx", "model.int8.onnx", "model.pt2"
-"""The whole pipeline as one graph, in a folder of `ultrarefiner.export`."""
+def located(path: str | Path | None) -> Path:
+    """The place of a checkpoint that a user names: `shipped`, or nothing, is the pair that comes with the project."""
+    return SHIPPED if path is None or path == "shipped" else Path(path).expanduser()
 
 
 def exported(folder: Path) -> dict[str, Path]:

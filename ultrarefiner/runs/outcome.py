@@ -101,9 +101,7 @@ class Outcome:
         """The curves of the training, and a sheet of test cases."""
         data, directory, phase, rows = self.run.data, self.run.directory, self.phase, self.results["test"]
         drawn = {"curves": directory / "curves.png", "overlays": directory / "overlays.png"}
-        baseline = (
-            {name: scores["dice"] for name, scores in self.summary["baseline"]["val"].items()} if self.baseline else {}
-        )
+        baseline = {name: scores["dice"] for name, scores in _scores(self.baseline.get("val", [])).items()}
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
         scores = {row["index"]: row for row in rows}
