@@ -272,7 +272,7 @@ model.gradient=half                                 → model\.gradient must be 
 model.frame=crop                                    → model\.frame must be one of pad, stretch
 model.selection_temperature=0                       → model\.selection_temperature must be more than 0
 phase.crops=2                                       → phase\.crops=2 is of no use here.*roi=off
-phase.crops=0                                       → phase\.crops must be at least 1
+phase.crops=0                                       → phase\.crops must be 1 or more, got 0
 model.schedule.coarse.lr=nan                        → model\.schedule\.coarse\.lr must be finite
 model.schedule.coarse.optimizer=foo.Bar phase=coarse → phase\.optimizer\._target_=foo\.Bar
 model.schedule.sam.epochs=-1                        → phase\.sam\.epochs must be between 1 and 1000000
