@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.dataset import Cases
 from ultrarefiner.data.mask_files import MaskFiles, read_masks
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
@@ -56,21 +55,10 @@ def _masks(cfg: DictConfig) -> MaskFiles | None:
     return None
 
 
-def build_part(cfg: DictConfig, part: str) -> Cases:
-    """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
-    return build_fold(cfg, cfg.model.coarse_size, cfg.seed).dataset(part)
-
-
 def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:
     """The configured fold without a phase that would use it, with frames of one size (px)."""
     return DataModule(
-        build_store(cfg),
-        **_partition(cfg),
-        coarse_size=size,
-        image_size=size,
-        seed=seed,
-        batch_size=1,
-        frame=False,
+        build_store(cfg), **_partition(cfg), coarse_size=size, image_size=size, seed=seed, batch_size=1, frame=False
     )
 
 
