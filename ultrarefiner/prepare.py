@@ -8,8 +8,6 @@ from omegaconf import DictConfig
 from ultrarefiner import cli
 from ultrarefiner.errors import UserError
 
-GROUPS = {"dataset": "which images", "model": "whose image sizes are cached"}
-
 INTRODUCTION = """\
 Check a dataset, say what is in it, and build the cache that training reads.
 
@@ -31,7 +29,8 @@ Values
 
 def help_text() -> str:
     """The help page."""
-    return cli.help_page(INTRODUCTION, GROUPS, VALUES)
+    groups = {"dataset": "which images", "model": "whose image sizes are cached"}
+    return cli.help_page(INTRODUCTION, groups, VALUES)
 
 
 def _prepare(cfg: DictConfig) -> None:

@@ -7,8 +7,6 @@ from omegaconf import DictConfig
 
 from ultrarefiner import cli
 
-GROUPS = {"dataset": "which images", "model": "whose coarse size the masks have"}
-
 INTRODUCTION = """\
 Write coarse masks that fail as networks do, for a look, for other programs, or for Phase 2 to train on.
 
@@ -34,18 +32,19 @@ Values
 
 def help_text() -> str:
     """The help page."""
-    return cli.help_page(INTRODUCTION, GROUPS, VALUES)
+    groups = {"dataset": "which images", "model": "whose coarse size the masks have"}
+    return cli.help_page(INTRODUCTION, groups, VALUES)
 
 
 def _simulate(cfg: DictConfig) -> None:
     from pathlib import Path
 
     from ultrarefiner.data.failures.files import write_failures
-    from ultrarefiner.runs.assemble import build_part
+    from ultrarefiner.runs.assemble import build_fold
     from ultrarefiner.runs.build import build
 
     simulator = build(cfg.simulator, "simulator")
-    cases = build_part(cfg, cfg.part)
+    cases = build_fold(cfg, cfg.model.coarse_size, cfg.seed).dataset(cfg.part)
     folder = Path(cfg.output)
     write_failures(cases, simulator, cfg.part, cfg.samples, folder)
     print(f"{cfg.samples} simulated coarse masks of {len(cases)} cases ({cfg.part}, fold {cfg.fold})\n  {folder}/")

@@ -6,8 +6,6 @@ import pytest
 from ultrarefiner.results import charts, drawing
 from ultrarefiner.results.calibration import Reliability
 
-BLUE, VERMILION, GREY = drawing.BLUE, drawing.VERMILION, drawing.GREY
-
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
@@ -46,28 +44,6 @@ def test_a_missed_lesion_is_on_the_border_and_does_not_squeeze_the_others(tmp_pa
     assert list(worse) == [coarse[7], 0.8]
 
 
-def test_bars_of_differences_hold_every_case_and_part_at_the_margin(tmp_path, figures):
-    rng = np.random.default_rng(1)
-    coarse = rng.uniform(0.5, 0.9, 500)
-    refined = coarse + rng.normal(0.005, 0.03, 500)
-    refined[0] = 0
-    change = refined - coarse
-    charts.differences(coarse, refined, tmp_path / "d.png")
-    (axes,) = figures[0].axes
-    from matplotlib.colors import to_hex
-
-    heights = {BLUE: 0, VERMILION: 0, GREY: 0}
-    for bar in axes.patches:
-        heights[to_hex(bar.get_facecolor()).upper()] += bar.get_height()
-    assert heights == {
-        BLUE: (change > 0.01).sum(),
-        VERMILION: (change < -0.01).sum(),
-        GREY: (abs(change) <= 0.01).sum(),
-    }
-    assert labels(axes) == [f"mean {change.mean():+.4f}"]
-    assert axes.get_xlim()[0] > -0.3  # one case that fell by 0.8 does not stretch the axis
-
-
 def test_reliability_shows_the_bins(tmp_path, figures):
     rng = np.random.default_rng(2)
     prob = rng.random((200, 200))
@@ -87,7 +63,7 @@ def test_reliability_shows_the_bins(tmp_path, figures):
 
 def test_nothing_to_show_is_a_picture_that_says_so(tmp_path, figures):
     charts.scatter([], [], tmp_path / "s.png")
-    charts.differences([float("nan")], [0.5], tmp_path / "d.png")
+    charts.scatter([float("nan")], [0.5], tmp_path / "d.png")
     charts.reliability({"coarse": Reliability().result()}, tmp_path / "r.png")
     assert [drawn.texts[0].get_text() for drawn in figures] == ["no cases", "no cases", "no pixels"]
     assert len(list(tmp_path.glob("*.png"))) == 3
@@ -96,5 +72,4 @@ def test_nothing_to_show_is_a_picture_that_says_so(tmp_path, figures):
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_a_single_case_can_be_drawn(tmp_path, value):
     charts.scatter([value], [value], tmp_path / "s.png")
-    charts.differences([value], [1 - value], tmp_path / "d.png")
-    assert (tmp_path / "s.png").stat().st_size > 1000 and (tmp_path / "d.png").stat().st_size > 1000
+    assert (tmp_path / "s.png").stat().st_size > 1000

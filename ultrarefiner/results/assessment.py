@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from ultrarefiner.data.cases import Case
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import write_atomically, write_csv
+from ultrarefiner.files import number, write_atomically, write_csv
 from ultrarefiner.results import charts, lesions, metrics, outlines, pictures, statistics
 from ultrarefiner.results.calibration import Calibration, Reliability
 
@@ -176,18 +176,13 @@ class Assessment:
     ) -> None:
         """The worst, median and best cases, and those harmed most, as a run shows them."""
         last = "refined" if "refined" in names else "coarse"
-        picked = pictures.pick_worst_median_best([row[f"{last}_dice"] for row in rows], 2)
-        labels = pictures.rank_labels(len(picked))
-        if last == "refined":
-            before, after = ([row[f"{name}_dice"] for row in rows] for name in ("coarse", "refined"))
-            harmed = [i for i in pictures.pick_most_harmed(before, after, 2) if i not in picked]
-            picked, labels = picked + harmed, labels + ["harmed most"] * len(harmed)
-        sheet = []
-        for i in picked:
+        sheet, labels = [], []
+        for i, label in pictures.worth_a_look(rows, last):
             record = self.records[cases[i].key]
             mask = {name: outlines.mask_of(path, *record["size"]) for name, path in record["outlines"].items()}
             caption = "  ".join(f"{name} {rows[i][f'{name}_dice']:.3f}" for name in names)
             drawn = mask["coarse"], mask.get("refined")
+            labels.append(label)
             sheet.append((cases[i].id, read(cases[i]), mask["truth"], *drawn, f"Dice {caption}"))
         pictures.overlay_sheet(sheet, self.folder / "overlays.png", labels)
 
@@ -264,10 +259,7 @@ def summarise(
 def _spacing(case: Case, text: str | None) -> float | None:
     if not text:
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = number(text)
     if not 0 < value < 10:
         raise UserError(f"the spacing of {case.dataset} {case.id} must be mm per px, such as 0.08, got {text}")
     return value

@@ -52,7 +52,8 @@ def scatter(coarse: Values, refined: Values, out: Path, margin: float = MARGIN) 
         out: the PNG to write.
         margin: a case whose Dice changed by more is called better or worse.
     """
-    x, y = _both(coarse, refined)
+    pairs = np.array([coarse, refined], dtype=float)
+    x, y = pairs[:, np.isfinite(pairs).all(0)]
     if not x.size:
         return save(notice(figure(4.2, 4.2), "no cases"), out)
     drawn = figure(4.6, 4.8, layout="constrained")
@@ -75,29 +76,3 @@ def scatter(coarse: Values, refined: Values, out: Path, margin: float = MARGIN) 
     note = f"; {below} below {lowest:g} on the border" if below else ""
     style(axes, f"{len(x)} cases{note}", "coarse Dice", "refined Dice")
     return save(drawn, out)
-
-
-def differences(coarse: Values, refined: Values, out: Path, margin: float = MARGIN) -> None:
-    """How many cases changed by how much: a histogram of refined − coarse Dice; see `scatter`."""
-    x, y = _both(coarse, refined)
-    if not x.size:
-        return save(notice(figure(4.2, 3.2), "no cases"), out)
-    change = y - x
-    drawn = figure(4.6, 3.2, layout="constrained")
-    axes = drawn.subplots()
-    # The bins have a border at either margin, so that a bar is better, worse or neither.
-    step = 2 * margin
-    last = max(2, math.ceil(np.quantile(np.abs(change), 0.99) / step))
-    middles = np.arange(-last, last + 1)
-    counts = np.bincount(np.clip(np.rint(change / step), -last, last).astype(int) + last, minlength=len(middles))
-    colours = [BLUE if m > 0 else VERMILION if m < 0 else GREY for m in middles]
-    axes.bar(middles * step, counts, 0.9 * step, color=colours)
-    axes.axvline(float(change.mean()), color="black", linewidth=1, linestyle="--", label=f"mean {change.mean():+.4f}")
-    style(axes, "what refinement changed", "refined − coarse Dice (outermost: or more)", "cases")
-    return save(drawn, out)
-
-
-def _both(one: Values, other: Values) -> tuple[np.ndarray, np.ndarray]:
-    pairs = np.array([one, other], dtype=float)
-    x, y = pairs[:, np.isfinite(pairs).all(0)]
-    return x, y

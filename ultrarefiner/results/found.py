@@ -183,13 +183,11 @@ def _locked(directory: Path) -> bool:
     """Whether a process works in a run's directory."""
     if not (directory / ".lock").is_file():
         return False
-    lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(directory / ".lock", timeout=0):
+            return False
     except (Timeout, OSError):
         return True
-    lock.release()
-    return False
 
 
 def _changed(directory: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from ultrarefiner.files import number
@@ -70,16 +70,8 @@ def surface(pred: Mask, truth: Mask) -> dict[str, float]:
 
 def boundary_iou(pred: Mask, truth: Mask, ratio: float = 0.02) -> float:
     """IoU of the bands inside both outlines, of a width of ``ratio`` × the diagonal (Cheng et al., CVPR 2021)."""
-    import cv2
-
     width = max(1, round(ratio * math.hypot(*truth.shape)))
-    ones = np.ones((3, 3), np.uint8)
-
-    def band(mask: Mask) -> Mask:
-        inner = cv2.erode(mask.astype(np.uint8), ones, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-        return np.asarray(mask & (inner == 0))
-
-    one, other = band(pred), band(truth)
+    one, other = (_rim(mask, np.ones((3, 3), np.uint8), width) for mask in (pred, truth))
     either = int((one | other).sum())
     return int((one & other).sum()) / either if either else math.nan
 
@@ -110,7 +102,7 @@ def distances(pred: Mask, truth: Mask, spacing: tuple[float, float] = (1.0, 1.0)
     """
     from scipy.spatial import KDTree
 
-    one, other = (np.argwhere(_edge(mask)) * np.asarray(spacing, dtype=float) for mask in (pred, truth))
+    one, other = (np.argwhere(_rim(mask, _CROSS)) * np.asarray(spacing, dtype=float) for mask in (pred, truth))
     # Each tree is asked once: large leaves are quicker.
     return Distances(KDTree(other, leafsize=32).query(one)[0], KDTree(one, leafsize=32).query(other)[0])
 
@@ -177,11 +169,14 @@ def _boundaries(
     return {"hd95": between.hd95(), "assd": between.assd()} | {n: between.nsd(t) for n, t in tolerances.items()}
 
 
-def _edge(mask: Mask) -> Mask:
+_CROSS = np.array([(0, 1, 0), (1, 1, 1), (0, 1, 0)], np.uint8)
+
+
+def _rim(mask: Mask, kernel: UInt8[np.ndarray, "3 3"], width: int = 1) -> Mask:
+    """The pixels of a mask from which the outside, or the border of the image, is ``width`` steps of a kernel away."""
     import cv2
 
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-    inner = cv2.erode(mask.astype(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    inner = cv2.erode(mask.astype(np.uint8), kernel, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.asarray(mask & (inner == 0))
 
 

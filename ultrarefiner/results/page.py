@@ -58,8 +58,6 @@ def content(folder: Path, runs: Sequence[Found], groups: Sequence[Group], most: 
 
 
 def _case(index: int, row: Row, group: Group, result: Result) -> Row:
-    dice = {mask: _or_none(row.get(f"{mask}_dice")) for mask in group.masks}
-    distance = {mask: _or_none(row.get(f"{mask}_hd95")) for mask in group.masks}
     about = {name: row[name] for name in ("dataset", "patient", *group.columns) if row.get(name)}
     where = result.run.config if result.run is not None else result.about
     return {
@@ -67,8 +65,8 @@ def _case(index: int, row: Row, group: Group, result: Result) -> Row:
         "id": row["id"],
         "about": about | {name: where[name] for name in OVER_RUNS if name in where},
         "setting": group.setting,
-        "dice": dice,
-        "hd95": distance,
+        "dice": {mask: _or_none(row.get(f"{mask}_dice")) for mask in group.masks},
+        "hd95": {mask: _or_none(row.get(f"{mask}_hd95")) for mask in group.masks},
         "rejected": row.get("rejected", ""),
     }
 
@@ -116,13 +114,12 @@ def _shown(group: Group, cases: Sequence[Row], drawn: set[int], gallery: int) ->
     found["Worst"] = sorted(seen, key=lambda case: case["dice"][last])[:gallery]
     lowest = min((min(case["dice"]["coarse"], case["dice"][last]) for case in both), default=0.0)
     sheets = [result.run.directory / "overlays.png" for result in group.results if result.run and not result.folder]
-    change = statistics.change(group.rows, "coarse_dice", f"{last}_dice") if both else None
     return {
         "group": group,
         "by": list(statistics.breakdowns(group.rows, group.columns)),
         "unfair": [unfair(result.about["seen"]) for result in group.results if result.about.get("seen")],
         "dice": statistics.over_cases(group.rows, f"{last}_dice"),
-        "change": change,
+        "change": statistics.change(group.rows, "coarse_dice", f"{last}_dice") if both else None,
         "cases": cases,
         "galleries": {title: some for title, some in found.items() if some},
         "scatter": [{"case": case, "better": _better(case, last)} for case in both],

@@ -191,6 +191,16 @@ def rank_labels(count: int) -> list[str]:
     return ["worst"] * outer + ["median"] * (count - 2 * outer) + ["best"] * outer
 
 
+def worth_a_look(rows: Sequence[Mapping[str, Any]], judged_by: str) -> list[tuple[int, str]]:
+    """The positions of two cases of each kind, and of which: worst, median and best Dice of a mask, and harmed most."""
+    picked = pick_worst_median_best([row[f"{judged_by}_dice"] for row in rows], 2)
+    chosen = list(zip(picked, rank_labels(len(picked)), strict=True))
+    if rows and {"coarse_dice", "refined_dice"} <= rows[0].keys():
+        before, after = ([row[f"{mask}_dice"] for row in rows] for mask in ("coarse", "refined"))
+        chosen += [(i, "harmed most") for i in pick_most_harmed(before, after, 2) if i not in picked]
+    return chosen
+
+
 def _read_columns(path: Path) -> dict[str, Series]:
     """Of every column with a finite number in it: the epochs from 1 and the values, without the blanks."""
     columns: dict[str, Series] = {}

@@ -53,10 +53,10 @@ def over_folds(groups: Sequence[Group]) -> Table:
             dice = over["dice"]
             shown.append(
                 who
-                | {"runs": dice["runs"], "cases": dice["cases"], "Dice": _plus_minus(dice, 4)}
+                | {"runs": dice["runs"], "cases": dice["cases"], "Dice": tables.plus_minus(dice, 4)}
                 | {"of all cases [95 %]": "{case_mean:.4f} [{case_low:.4f}, {case_high:.4f}]".format(**dice)}
                 | {"median": f"{dice['case_median']:.4f}"}
-                | {name: _plus_minus(over[m], 2 if "px" in name else 4) for m, name in MAIN.items() if m in over}
+                | {name: tables.plus_minus(over[m], 2 if "px" in name else 4) for m, name in MAIN.items() if m in over}
             )
     return Table("settings", "Settings over folds: mean ± standard deviation of the runs", rows, shown)
 
@@ -197,7 +197,3 @@ def write_markdown(folder: Path, about: Mapping[str, Any]) -> None:
         ]
         parts.append(f"## {table.caption}\n\n{tables.markdown(rows)}")
     write_atomically(folder / "tables.md", "\n\n".join([*parts, ""]).encode())
-
-
-def _plus_minus(over: dict[str, float], digits: int) -> str:
-    return f"{over['mean']:.{digits}f}" + (f" ± {over['sd']:.{digits}f}" if over["runs"] > 1 else "")

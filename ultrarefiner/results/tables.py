@@ -187,6 +187,11 @@ def difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
     }
 
 
+def plus_minus(over: Mapping[str, float], digits: int) -> str:
+    """A mean over runs with its standard deviation, for people; see `statistics.over_runs`."""
+    return f"{over['mean']:.{digits}f}" + (f" ± {over['sd']:.{digits}f}" if over["runs"] > 1 else "")
+
+
 def with_interval(over: Mapping[str, float], digits: int = 4) -> str:
     """A mean with the interval around it, for people; see `statistics.over_cases`."""
     if not over["cases"]:

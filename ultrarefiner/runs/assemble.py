@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from ultrarefiner.config import ProtectionConfig, not_arguments
 from ultrarefiner.data.datamodule import DataModule
-from ultrarefiner.data.dataset import Cases
 from ultrarefiner.data.mask_files import MaskFiles, read_masks
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
@@ -54,11 +53,6 @@ def _masks(cfg: DictConfig) -> MaskFiles | None:
     if alone:
         raise UserError("model/coarse=files needs phase.masks=FOLDER, with a mask of each case by another tool")
     return None
-
-
-def build_part(cfg: DictConfig, part: str) -> Cases:
-    """The cases of one part of the configured fold, at the coarse size, without a phase that would use them."""
-    return build_fold(cfg, cfg.model.coarse_size, cfg.seed).dataset(part)
 
 
 def build_fold(cfg: DictConfig, size: int, seed: int = 0) -> DataModule:

@@ -208,17 +208,9 @@ def build_refiner(cfg: DictConfig, file: Path | None) -> tuple[Refiner, torch.nn
     roi = build_option(cfg, "roi")
     if cfg.phase.get("crops"):
         sam.embeddings = embedding_cache(cfg, sam, roi)
-    refiner = build(
-        {
-            "_target_": "ultrarefiner.refine.refiner.Refiner",
-            "selection_temperature": cfg.model.selection_temperature,
-            "gradient": cfg.model.gradient,
-        },
-        "model",
-        sam,
-        roi,
-        build_option(cfg, "prompt_style"),
-    )
+    pipeline = {key: cfg.model[key] for key in ("selection_temperature", "gradient")}
+    pipeline["_target_"] = "ultrarefiner.refine.refiner.Refiner"
+    refiner = build(pipeline, "model", sam, roi, build_option(cfg, "prompt_style"))
     return refiner, build_option(cfg, "gate")
 
 

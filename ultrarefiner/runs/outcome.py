@@ -104,10 +104,10 @@ class Outcome:
         baseline = {name: scores["dice"] for name, scores in _scores(self.baseline.get("val", [])).items()}
         freeze = self.run.cfg.protection.freeze_epochs if self.baseline else 0
         pictures.curves(directory / "metrics.csv", drawn["curves"], baseline, self.best_epoch, freeze)
-        scores = {row["index"]: row for row in rows}
         test = data.dataset("test", native=True)
         sheet, labels = [], []
-        for index, label in self._chosen(rows):
+        for position, label in pictures.worth_a_look(rows, phase.judged_by):
+            index = rows[position]["index"]
             masks = native_masks(phase.predict, collate([test[index]]))[0]
             case = data.split.test[index]
             try:
@@ -115,22 +115,11 @@ class Outcome:
             except UserError as error:  # all else is in the cache, and hours of training are not lost for a picture
                 log.warning("%s is not among the overlays: %s", case.id, error)
                 continue
-            caption = "  ".join(f"{w} {scores[index][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
+            caption = "  ".join(f"{w} {rows[position][f'{w}_dice']:.3f}" for w in MASKS if w in masks)
             labels.append(label)
             sheet.append((case.id, image, masks["truth"], masks.get("coarse"), masks.get("refined"), f"Dice {caption}"))
         pictures.overlay_sheet(sheet, drawn["overlays"], labels)
         return drawn
-
-    def _chosen(self, rows: Rows) -> list[tuple[int, str]]:
-        """The positions of the cases that are worth a look, and why: two of each kind."""
-        judged = [row[f"{self.phase.judged_by}_dice"] for row in rows]
-        picked = pictures.pick_worst_median_best(judged, 2)
-        chosen = [(rows[i]["index"], label) for i, label in zip(picked, pictures.rank_labels(len(picked)), strict=True)]
-        if rows and {"coarse_dice", "refined_dice"} <= set(rows[0]):
-            before, after = ([row[f"{mask}_dice"] for row in rows] for mask in MASKS)
-            harmed = [i for i in pictures.pick_most_harmed(before, after, 2) if i not in picked]
-            chosen += [(rows[i]["index"], "harmed most") for i in harmed]
-        return chosen
 
 
 def _save_networks(phase: Phase, folder: Path) -> None:
@@ -139,17 +128,14 @@ def _save_networks(phase: Phase, folder: Path) -> None:
     The .safetensors file also says what the network is; see `checkpoints.said_of`.
     """
     cascade = phase.cascade
-    states = {
-        "coarse": None if cascade.coarse is None else cascade.coarse.state_dict(),
-        "sam": None if cascade.refiner is None else merge_lora(cascade.refiner.sam),  # the publisher knows no LoRA
-    }
+    networks = {"coarse": cascade.coarse, "sam": None if cascade.refiner is None else cascade.refiner.sam}
     if cascade.gate is not None and cascade.gate.state_dict():  # trained with SAM, and no part of its file
         save(cascade.gate.state_dict(), folder / f"best_sam{checkpoints.GATE}")
-    licences = {"coarse": cascade.coarse, "sam": None if cascade.refiner is None else cascade.refiner.sam}
-    for name, state in states.items():
-        if state is not None:
+    for name, network in networks.items():
+        if network is not None:
+            state = merge_lora(network) if name == "sam" else network.state_dict()  # the publisher knows no LoRA
             said = {key: json.dumps(value) for key, value in phase.carried.items()}
-            said["licence"] = str(getattr(licences[name], "licence", "unknown"))
+            said["licence"] = str(getattr(network, "licence", "unknown"))
             for ending in (".pth", SAFETENSORS):
                 write_state_dict(state, folder / f"best_{name}{ending}", said)
 

@@ -123,22 +123,16 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of a checkout, with "+changes" when the tree is not clean; None in an installed package."""
-    here = Path(__file__).parent
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+
     try:
         # `--show-toplevel` of an installed package could name a repository that merely surrounds it.
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, timeout=5
-        )
-        if tracked.returncode:
-            return None
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty=+changes", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()

@@ -222,8 +222,8 @@ def _print(title: str, settings: list[Row], folder: Path) -> None:
             "setting": setting,
             "mask": mask,
             "runs": metric["dice"]["runs"],
-            "Dice": _plus_minus(metric["dice"], ".4f"),
-            "HD95 (px)": _plus_minus(metric["hd95"], ".2f"),
+            "Dice": tables.plus_minus(metric["dice"], 4),
+            "HD95 (px)": tables.plus_minus(metric["hd95"], 2),
             "cases": metric["dice"]["cases"],
             "their Dice [95 %]": "{case_mean:.4f} [{case_low:.4f}, {case_high:.4f}]".format(**metric["dice"]),
             "median": f"{metric['dice']['case_median']:.4f}",
@@ -234,10 +234,6 @@ def _print(title: str, settings: list[Row], folder: Path) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
     print(tables.terminal(rows, title=title, width=width) if rows else title)
     print(f"{folder}/\n  sweep.csv     every job\n  settings.csv  this table, with all metrics")
-
-
-def _plus_minus(row: Row, style: str) -> str:
-    return format(row["mean"], style) + (f" ± {row['sd']:{style}}" if row["runs"] > 1 else "")
 
 
 def _log_to_wandb(config: DictConfig, folder: Path, title: str, rows: list[Row], settings: list[Row]) -> None:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.loggers import Logger
 
 from ultrarefiner import ranks
@@ -79,8 +79,7 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
             results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
         if first:
             steps = (first_step, first_step + trainer.global_step)
-            epochs = (keeper.best_epoch, trainer.current_epoch)
-            left = outcome.Outcome(run, phase, results, baseline, seen, steps, *epochs)
+            left = outcome.Outcome(run, phase, results, baseline, seen, steps, keeper.best_epoch, trainer.current_epoch)
             left.write(loggers, trainer.global_step)
             status = "success"
     finally:
@@ -185,9 +184,7 @@ def _trainer(
     run: Run, phase: Phase, loggers: list[Logger], keeper: keeping.KeepCheckpoints, deadline: Deadline
 ) -> pl.Trainer:
     cfg, t, directory = run.cfg, run.cfg.trainer, run.directory
-    average: list[Callback] = []
-    if cfg.phase.ema_decay is not None:
-        average = [EMAWeightAveraging(decay=cfg.phase.ema_decay)]
+    average = [] if cfg.phase.ema_decay is None else [EMAWeightAveraging(decay=cfg.phase.ema_decay)]
     return pl.Trainer(
         default_root_dir=directory,
         max_epochs=phase.epochs,
