@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from omegaconf import MISSING, DictConfig
 
 from data_layouts import SHARED
 from ultrarefiner import cli, config, settings, train
+from ultrarefiner.data import phantom
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -111,6 +112,22 @@ MICRO = [
     "trainer.progress_bar=false",
 ]
 """The embedded default, so small that all three phases take seconds: what it learns is not the point."""
+
+
+_drawn = lru_cache(maxsize=1000)(phantom.make_phantom)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def phantoms_are_drawn_once() -> Iterator[None]:
+    """Each test has an output_root of its own, but all have the same images; `make_phantom` itself keeps nothing."""
+
+    def read(self: phantom.Phantoms, case: phantom.Case) -> tuple:
+        image, mask = _drawn(int(case.id.removeprefix("phantom_")), self.seed, self.size)
+        return image.copy(), mask.copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom.Phantoms, "read", read)
+        yield
 
 
 def compose(*overrides: str, micro: bool = True) -> DictConfig:
