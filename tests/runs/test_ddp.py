@@ -206,10 +206,11 @@ def test_a_mistake_of_all_is_said_once(tmp_path):
     assert status == 1 and err.count("error:") == 1 and len(err.strip().splitlines()) == 1, err
 
 
-@pytest.mark.slow
-def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
-    status, _, err = train(tmp_path, "phase=coarse", "trainer=ddp", "trainer.devices=3")
-    assert status == 1 and "cannot be divided among 3 processes" in err and len(err.strip().splitlines()) == 1
+def test_a_batch_that_cannot_be_divided_is_refused(command, tmp_path):
+    """Before any other process is started."""
+    done = command(*SMALL, "phase=coarse", "trainer=ddp", "trainer.devices=3", f"output_root={tmp_path}")
+    assert done.status == 1 and "cannot be divided among 3 processes" in done.err
+    assert len(done.err.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
