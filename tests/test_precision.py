@@ -52,12 +52,13 @@ def test_sixteen_bits_only_where_they_pay(monkeypatch, device, frame, pays, expe
     assert precision.fastest(device, frame) == expected
 
 
-def test_the_probe_is_not_taken_in_by_an_emulation(monkeypatch):
-    """There a product in bfloat16 takes longer than in float32, and the probe leaves the threads as they were."""
-    taken = iter([0.0, 1.0] * 20)  # every measurement takes a second, in both formats
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(taken))
+def test_what_the_probe_makes_of_its_times(monkeypatch):
+    """The fastest of several products counts, and the probe leaves the threads as they were."""
     threads = torch.get_num_threads()
-    assert precision._processor_has_bfloat16.__wrapped__() is False
+    for half, expected in ((0.5, True), (0.74, True), (0.9, False), (400.0, False)):
+        taken = iter([[1.0, 3.0], [2 * half, half]])
+        monkeypatch.setattr(precision.timeit, "repeat", lambda *_, taken=taken, **__: next(taken))
+        assert precision._processor_has_bfloat16.__wrapped__() is expected
     assert torch.get_num_threads() == threads
 
 

@@ -4,9 +4,9 @@ Weights stay in float32. "bf16-mixed" and "16-mixed" run the large products in 1
 in float32 (`refine.moments.full_precision`).
 """
 
-import time
+import timeit
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -40,25 +40,14 @@ def _processor_has_bfloat16() -> bool:
     """Whether a product in bfloat16 takes at most 0.75 of float32's time.
 
     Measured, since a processor without it computes the same several hundred times slower, and flags have other names on
-    each. Takes some milliseconds, there about 0.2 s.
+    each. Takes some milliseconds, there about half a second.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other where other programs run, and would blur the comparison
     try:
-        return _product_pays()
+        single = torch.ones(256, 256)
+        products = [partial(torch.mm, x, x) for x in (single, single.bfloat16())]
+        full, half = (min(timeit.repeat(product, number=1, repeat=4)) for product in products)
+        return half <= 0.75 * full
     finally:
         torch.set_num_threads(threads)
-
-
-def _product_pays() -> bool:
-    single = torch.ones(256, 256)
-    half = single.bfloat16()
-
-    def seconds(x: torch.Tensor) -> float:
-        start = time.perf_counter()
-        _ = x @ x
-        return time.perf_counter() - start
-
-    seconds(single), seconds(half)  # the first call prepares the kernel
-    best = min(seconds(single) for _ in range(5))
-    return any(seconds(half) <= 0.75 * best for _ in range(5))
