@@ -190,5 +190,6 @@ def test_without_the_packages_a_sentence_says_what_to_install(pair, tmp_path, mo
 def test_the_shipped_pair_as_a_graph(tmp_path):
     export_as_a_command("checkpoint=shipped", f"output={tmp_path}/pair", "format=[onnx]")
     image = sorted((Path(__file__).parents[1] / "examples" / "images").glob("*.png"))[0]
-    one, other = Segmenter.load(device="cpu")(image), Segmenter.load(tmp_path / "pair", backend="onnx")(image)
+    one = Segmenter.load(device="cpu", precision="32-true")(image)
+    other = Segmenter.load(tmp_path / "pair", backend="onnx")(image)
     assert np.abs(one.probability - other.probability).max() < 1e-3 and one.reason == other.reason
