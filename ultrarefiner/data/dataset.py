@@ -37,6 +37,7 @@ class Source:
     aspects: Sequence[float]
 
 
+@dataclass(eq=False)
 class Cases(Dataset[dict[str, Any]]):
     """Cases as dictionaries.
 
@@ -59,29 +60,16 @@ class Cases(Dataset[dict[str, Any]]):
             around the predictions which the version came with first.
     """
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        source: Source,
-        seed: int,
-        augment: Augment | None = None,
-        simulator: Simulator | None = None,
-        predictions: Predictions | None = None,
-        native: bool = False,
-        masks_per_image: int = 1,
-        files: tuple[MaskFiles, str] | None = None,
-        crops: int | None = None,
-    ) -> None:
-        self.crops = crops
-        self.cases = tuple(cases)
-        self.source = source
-        self.seed = seed
-        self.augment = augment
-        self.simulator = simulator
-        self.predictions = predictions
-        self.files = files
-        self.native = native
-        self.masks_per_image = masks_per_image
+    cases: tuple[Case, ...]
+    source: Source
+    seed: int
+    augment: Augment | None = None
+    simulator: Simulator | None = None
+    predictions: Predictions | None = None
+    native: bool = False
+    masks_per_image: int = 1
+    files: tuple[MaskFiles, str] | None = None
+    crops: int | None = None
 
     def __len__(self) -> int:
         return len(self.cases)
