@@ -228,7 +228,8 @@ def test_several_masks_of_images_of_different_aspect_share_crops():
     masks = [native_disc(shape, *place, 0.1) for shape in shapes for place in ((0.3, 0.4), (0.6, 0.5))]
     image = torch.cat([frame(masks[0] | masks[1], 512), frame(masks[2] | masks[3], 512)])
     aspect = torch.cat([aspect_of(shape) for shape in shapes])
-    refined = refiner(image, torch.cat([frame(m, 224) for m in masks]), 0.1 * torch.ones(2, 4), aspect)
+    maps = torch.cat([frame(m, 224) for m in masks])
+    refined = refiner(image, maps, refiner.look(maps, image, 0.1 * torch.ones(2, 4), aspect), aspect)
     assert len(refiner.sam.image) == 2
     for i, mask in enumerate(masks):
         assert metrics.overlap(metrics.native_mask(refined.logits[i], mask.shape), mask)["dice"] > 0.97

@@ -77,7 +77,7 @@ def read_header(path: Path) -> "Dataset":
         raise UserError(f"{path} is a deflated DICOM file, which may fill the memory: {advice}.")
     header = pydicom.dcmread(path, stop_before_pixels=True)
     if "Rows" not in header or "Columns" not in header:
-        raise UserError(f"{path} is a DICOM file without image ({header.get('Modality', 'no modality')}): remove it.")
+        raise UserError(f"{path} is DICOM without an image ({header.get('Modality', 'no modality')}): remove it.")
     frames = frame_count(header)
     if not 1 <= frames <= MAX_FRAMES or not int(header.Rows) or not int(header.Columns):
         size = f"{frames} frames of {header.Columns} × {header.Rows} px"

@@ -187,7 +187,7 @@ def difference(name: str, change: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def plus_minus(over: Mapping[str, float], digits: int) -> str:
+def plus_minus(over: Mapping[str, Any], digits: int) -> str:
     """A mean over runs with its standard deviation, for people; see `statistics.over_runs`."""
     return f"{over['mean']:.{digits}f}" + (f" ± {over['sd']:.{digits}f}" if over["runs"] > 1 else "")
 
