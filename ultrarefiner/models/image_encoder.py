@@ -1,6 +1,7 @@
 """What the image encoders of all families share: in which form they run, and what they keep for the way back."""
 
 import copy
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,9 @@ class ImageEncoder(nn.Module):
             return self._run(image)
         return self._as_it_runs(low)._run(image if low is None else image.to(low))
 
+    @abstractmethod
     def _run(self, image: Tensor) -> Tensor | Embedding:
-        raise NotImplementedError
+        """The embedding, on the weights as they are."""
 
     def _hasten(self) -> None:
         """Change this encoder, of which nothing will be trained or saved, to what computes the same in less time."""
