@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -193,6 +194,20 @@ def browser():
         opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory) -> str:
+    """The checks of accessibility that axe-core makes, from npm's registry."""
+    folder = tmp_path_factory.mktemp("axe")
+    if not (npm := shutil.which("npm")):
+        pytest.skip("needs npm, to fetch axe-core")
+    try:
+        subprocess.run([npm, "pack", "axe-core", "--silent"], cwd=folder, check=True, capture_output=True, timeout=60)
+    except (subprocess.SubprocessError, OSError):
+        pytest.skip("npm cannot fetch axe-core here")
+    shutil.unpack_archive(next(folder.glob("axe-core-*.tgz")), folder)
+    return (folder / "package" / "axe.min.js").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -250,22 +250,33 @@ def address():
     process.wait(60)
 
 
+def faults(page) -> list[list[str]]:
+    """What axe finds wrong in the accessibility of the page as it stands."""
+    script = "axe.run().then(found => found.violations.map(v => [v.id, ...v.nodes.map(n => n.html)]))"
+    return page.evaluate(script)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("page")  # one server for all
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
-def test_the_page_in_a_browser(address, browser, size, tmp_path):
+@pytest.mark.parametrize(("size", "scheme"), [((390, 844), "dark"), ((1280, 900), "light")])
+def test_the_page_in_a_browser(address, browser, axe, size, scheme, tmp_path):
     wrong: list[str] = []
-    context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)))
+    context = browser.new_context(viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=scheme)
     context.set_default_timeout(120_000)
     page = context.new_page()
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(r.url))
     page.goto(address)
-    page.get_by_role("button", name=re.compile("bus_0018|Thumbnail 1")).first.click()
+    example = page.get_by_role("button", name=re.compile("bus_0018|Thumbnail 1")).first
+    example.wait_for()
+    page.evaluate(axe)
+    assert not faults(page)
+    example.click()
     page.locator("#picture img").wait_for()
     page.get_by_text("One lesion").wait_for()
+    assert not faults(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     before = page.locator("#picture img").get_attribute("src")
     picture = page.locator("#picture img")

@@ -86,6 +86,13 @@ trainer.accelerator=tpu                             → trainer=.accelerator: tp
 trainer.accelerator=null                            → trainer\.accelerator=null
 trainer.precision=foo                               → trainer\.precision must be one of auto, 32-true
 trainer.precision=16                                → trainer\.precision must be one of
+trainer.precision=16-true                           → trainer\.precision must be one of .*64-true
+--foo                                               → --foo; --help
+--cfg foo                                           → --cfg.*'foo'
+--cfg                                               → --cfg.*expected one argument
+--multirun --cfg job fold=0,1                       → Only one of .*--multirun, --cfg
+-sc                                                 → one subcommand from .*install
+fold=0 --multirun foo=1                             → foo.*--cfg job
 trainer.precision=null                              → trainer\.precision=null
 trainer.strategy=foo                                → trainer=.*strategy: foo
 trainer.strategy=null                               → trainer\.strategy=null

@@ -3,6 +3,8 @@
 Imports neither torch nor anything that does.
 """
 
+import argparse
+import contextlib
 import difflib
 import io
 import os
@@ -13,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -62,7 +65,8 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
-    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    overrides = _parsed().overrides  # Hydra itself takes no flag between two of them
+    sys.argv[1:] = [*(flag for flag in sys.argv[1:] if flag not in overrides), *map(_quoted, overrides)]
     if str(Path.cwd()) not in sys.path:  # of `python -m` the folder is there; ultrarefiner-train finds own classes too
         sys.path.append(str(Path.cwd()))
     config.register()
@@ -98,10 +102,24 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
     except (UserError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {explain(error)}")
     except ValueError as error:
+        if re.match("Only one of --|Expecting one subcommand", str(error)):
+            sys.exit(f"error: {error}; --help shows what there is")
         if "Config group override must be" not in str(error):
             raise
         given = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/@]*=(null|none|true|false|[\d.]+)", a, re.IGNORECASE)]
         sys.exit(f"error: {' '.join(given)}: a group takes the name of one of its options; --help lists them")
+
+
+def _parsed() -> argparse.Namespace:
+    """The command line as Hydra's parser reads it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return get_args_parser().parse_intermixed_args()
+    except SystemExit as end:
+        if not end.code:
+            raise
+        sys.exit(f"error: {said.getvalue().strip().rpartition('error: ')[2]}; --help shows what there is")
 
 
 def _at_home(task: Callable[[DictConfig], object], cfg: DictConfig) -> object:

@@ -65,7 +65,7 @@ def _demo(cfg: DictConfig) -> None:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
         imported("gradio", "gradio", "demo")
         from ultrarefiner.explore import Explorer
-        from ultrarefiner.explore_page import STYLE, THEME, Page
+        from ultrarefiner.explore_page import NAMES, STYLE, THEME, Page
         from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
         plain: Any = OmegaConf.to_container(cfg)
@@ -76,7 +76,8 @@ def _demo(cfg: DictConfig) -> None:
         print(f"http://{cfg.host}:{cfg.port} shows the page; Ctrl+C ends it", flush=True)
         page.launch(
             server_name=cfg.host, server_port=cfg.port, inbrowser=cfg.open, share=False, quiet=True, ssr_mode=False,
-            theme=THEME, css=STYLE, footer_links=[], max_file_size="500mb", allowed_paths=[str(p) for p in examples],
+            theme=THEME, css=STYLE, js=NAMES, footer_links=[], max_file_size="500mb",
+            allowed_paths=[str(p) for p in examples],
         )  # fmt: skip
 
 

@@ -27,7 +27,25 @@ STYLE = """
 }
 .problem { border-left: .3rem solid #b34700; padding: .4rem .8rem; overflow-wrap: anywhere; }
 """
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none is fetched
+THEME = gr.themes.Default(
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]  # none is fetched
+).set(  # Gradio's small grey text and its white on orange have too little contrast
+    body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+    button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
+)  # fmt: skip
+NAMES = """() => {
+  const mend = () => {
+    for (const element of document.querySelectorAll("button[aria-label], input[aria-label]")) {
+      const seen = element.innerText.trim();
+      if (seen && !element.ariaLabel.includes(seen)) element.ariaLabel = `${seen} (${element.ariaLabel})`;
+    }
+    for (const element of document.querySelectorAll("div[aria-label]:not([role])")) element.role = "group";
+    for (const image of document.querySelectorAll("button:has(.caption-label) img")) image.alt = "";
+  };
+  new MutationObserver(mend).observe(document.body, {childList: true, subtree: true});
+  mend();
+}"""  # a screen reader's names of Gradio's own widgets are not what one reads there
 INTRODUCTION = """# UltraRefiner
 A coarse network finds the lesion in a breast-ultrasound image (orange), SAM redraws its boundary (blue). Everything
 stays on this computer. For research: this is no medical device and must not decide on a patient."""

@@ -30,8 +30,8 @@ NAME = re.compile(r"[^./\\\x00-\x1f:][^/\\\x00-\x1f:]{0,79}")
 """What options may be called: part of a folder's name on every system."""
 PREDICTING = ("auto", "32-true", "bf16-mixed", "16-mixed")
 """The number formats that trained networks compute in, see `precision`."""
-PRECISIONS = (*PREDICTING, "64-true", "bf16-true", "16-true")
-"""Those of a training."""
+PRECISIONS = (*PREDICTING, "64-true")
+"""Those of a training. Weights in 16 bits are none: the small steps of a training would be rounded away."""
 PLACES = frozenset({"root"})
 """Keys that say where data lie."""
 

@@ -1,8 +1,6 @@
 """The page of a report in a real browser: it says no error, its switches work, and everybody can read it."""
 
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,20 +42,6 @@ def visit(browser, page_file):
     for context in contexts:
         context.close()
     assert not wrong, wrong
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory) -> str:
-    """The checks of accessibility that axe-core makes, from npm's registry."""
-    folder = tmp_path_factory.mktemp("axe")
-    if not (npm := shutil.which("npm")):
-        pytest.skip("needs npm, to fetch axe-core")
-    try:
-        subprocess.run([npm, "pack", "axe-core", "--silent"], cwd=folder, check=True, capture_output=True, timeout=60)
-    except (subprocess.SubprocessError, OSError):
-        pytest.skip("npm cannot fetch axe-core here")
-    shutil.unpack_archive(next(folder.glob("axe-core-*.tgz")), folder)
-    return (folder / "package" / "axe.min.js").read_text()
 
 
 def seen(page, mask: str) -> str:
