@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_scans import REFUSED
 from PIL import Image
 
 from conftest import Finished
@@ -167,6 +168,30 @@ def test_bad_files_are_named_and_the_others_done(predicted, scans, tmp_path):
     save(scans / "bad.png", texture(3))
     repaired = predicted()
     assert repaired.status == 0 and "bad" in {row["id"] for row in read_csv(tmp_path / "out" / "predictions.csv")}
+
+
+def test_a_folder_full_of_bad_files(predicted, tmp_path):
+    """Each is named once, with status 1; strange names and a clip of 500 frames among them are done."""
+    for name, (make, _) in REFUSED.items():
+        path = tmp_path / "scans" / f"bad {name}"
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+    good = ["=cmd()|' calc'!A1", "<script>alert(1)<", "%2e%2e%2fup", "-rf", "a\nb", "é" * 60, "con", "good"]
+    for number, name in enumerate(good):
+        save(tmp_path / "scans" / f"{name}.png", texture(number))
+    write_dicom(tmp_path / "scans" / "clip.dcm", np.stack([texture(1, 20, 24)] * 500), frames=True)
+    before = content(tmp_path / "scans").keys()
+    done = predicted("extras=[]")
+    assert done.status == 1 and f"error: {len(REFUSED)} files could not be read" in done.err, done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    for name, (_, words) in REFUSED.items():
+        (sentence,) = re.findall(rf"^\S*/bad {re.escape(name)} .*\.$", done.err, re.M)
+        assert re.search(words, sentence)
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert {row["image"] for row in rows} >= {f"{name}.png" for name in good} and len(rows) == len(good) + 500
+    assert content(tmp_path / "scans").keys() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"scans", "out"}
+    assert all((tmp_path / "out" / row["mask"]).resolve().is_relative_to(tmp_path / "out" / "masks") for row in rows)
 
 
 def test_masks_of_another_tool(predicted, scans, tmp_path, pair, finished_runs):
