@@ -211,7 +211,8 @@ def test_mistakes_are_one_sentence(call, e2e, folder, tmp_path):
         ([weights, *MICRO, f"output={tmp_path}/full"], "holds something else"),
         ([weights, *MICRO, f"output={tmp_path}/new", "tolerances=[0]"], "tolerances"),
         ([weights, *MICRO, "fold=9"], "fold=9"),
-        ([weights], "dataset"),
+        ([weights], "dataset=NAME is needed, one of bus, "),
+        ([weights, "dataset=phantom"], "give dataset.reader.size=VALUE"),
         ([f"checkpoint={tmp_path}/none", *MICRO], "does not exist"),
     ):
         done = call(*given)

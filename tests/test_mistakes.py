@@ -115,13 +115,13 @@ dataset.split_seed=-1                               → dataset\.split_seed must
 dataset.split_seed=99999999999999999999             → dataset\.split_seed must be
 dataset.limit.train=0                               → dataset\.limit\.train must be 1 or more
 dataset.limit.foo=1                                 → dataset\.limit\.foo
-dataset.limit=5                                     → dataset\.limit=5
+dataset.limit=5                                     → dataset\.limit=5: this holds settings of its own
 dataset.without=[0,1,2]                             → dataset\.without=\[0, 1, 2\]
 dataset.without=[5,2]                               → dataset\.without=\[5,2\]
 dataset.without=[-1,2]                              → dataset\.without=\[-1,2\]
 dataset.without=[0,0]                               → dataset\.without=\[0,0\]
 dataset.without=[0]                                 → dataset\.without=\[0\]
-dataset.without=3                                   → dataset\.without=3
+dataset.without=3                                   → dataset\.without=3: .*give dataset\.without=\[3\]
 dataset.name=../../x                                → dataset\.name must be a name.*'\.\./\.\./x'
 dataset.name=/abs                                   → dataset\.name must be a name
 dataset.name=''                                     → dataset\.name must not be empty

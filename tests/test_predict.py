@@ -321,6 +321,8 @@ def test_one_process_at_a_time(predicted, scans, tmp_path):
         (["batch_size=0"], "batch_size must be 1 or more"),
         (["spacing=[0.1]"], "spacing must be the height and the width"),
         (["extras=[sounds]"], "extras must be of probabilities, overlays, got sounds"),
+        (["spacing=0.1"], "spacing=0.1: this is a list, give spacing=[0.1]"),
+        (["safety.min_area=3", "safety.max_area=2"], "safety.min_area=3 is above safety.max_area=2"),
         (["safety.min_dice=2"], "safety.min_dice must be between 0 and 1"),
         (["safety.min_dise=0"], "did you mean safety.min_dice"),
         (["safety=strict"], "choose one of default, none"),

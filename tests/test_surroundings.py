@@ -63,10 +63,14 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_stays(name, full_disk):
         assert torch.equal(read_state_dict(path)["weight"], torch.ones(3))
 
 
-def test_a_reader_that_has_enough_is_no_mistake():
-    """`python -m ultrarefiner.train --help | head -1`, the reader gone before the first line."""
-    code = "import sys, time; time.sleep(1); from ultrarefiner import train; sys.argv[1:] = ['--help']; train.main()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("argument", ["--help", "phase=coarse"])
+def test_a_reader_that_has_enough_is_no_mistake(argument, tmp_path):
+    """`python -m ultrarefiner.train … | head -1`, the reader gone before the first line."""
+    code = (
+        f"import sys, time; time.sleep(1); from ultrarefiner import train; sys.argv[1:] = [{argument!r}]; train.main()"
+    )
+    with_stderr = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
+    process = subprocess.Popen([sys.executable, "-c", code], **with_stderr)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
     process.stderr.close()

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -54,8 +55,13 @@ def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Ca
         _launch(task, config_name, help_text)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at its end
-        sys.exit(128 + 13)
+        _unread()
+
+
+def _unread() -> NoReturn:
+    """End because nobody reads our output any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at its end
+    sys.exit(128 + 13)
 
 
 def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: Callable[[], str]) -> None:
@@ -78,6 +84,8 @@ def _launch(task: Callable[[DictConfig], object], config_name: str, help_text: C
         try:
             settings.check(cfg)
             return _at_home(task, cfg)
+        except BrokenPipeError:
+            _unread()  # here: Hydra would say that the job has failed
         except (UserError, HydraException, OmegaConfBaseException) as error:
             # A job of a sweep fails for itself and leaves the others alone; a single run is over.
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -167,6 +175,9 @@ def explain(error: BaseException) -> str:
     if options := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*((?:\t.+\n?)+)", text):
         names = [name for name in options[3].split() if not name.startswith("schema")]
         return f"{options[2]}={options[1].rpartition('/')[2]} is not there; choose one of {', '.join(names)}"
+    if group := re.match(r"You must specify '([^']+)'.*Available options:\s*((?:\t.+\n?)+)", text, re.DOTALL):
+        names = [name for name in group[2].split() if not name.startswith("schema")]
+        return f"{group[1]}=NAME is needed, one of {', '.join(names)}"
     if missing := re.search(r"Could not find '([^']+)'", text):
         return f"{missing[1]} is not there; --help lists what is"
     if isinstance(cause, OmegaConfBaseException):
@@ -175,9 +186,16 @@ def explain(error: BaseException) -> str:
         if re.match(r"Key '.*' (not in|is not in struct)", reason):
             siblings = [str(name) for name in cause.parent_node] if cause.parent_node is not None else []
             return f"there is no key {key}{_suggest(key, siblings)}; `--cfg job` prints all of them"
+        if unknown := re.match(r"Interpolation key '(.+)' not found", reason):
+            return f"{key} is that of {unknown[1]}, which is not known here: give {key}=VALUE"
         # Hydra names the override, OmegaConf the key.
         where = re.match(r"Error merging override (.+)", text)
-        return f"{where[1] if where else key}: {reason}"
+        place = where[1] if where else key
+        if "is not a ListConfig" in reason:
+            return f"{place}: this is a list, give {place.replace('=', '=[', 1)}]"
+        if "is not a subclass of" in reason:
+            return f"{place}: this holds settings of its own, which `--cfg job` prints; give one of them"
+        return f"{place}: {reason}"
     return " ".join(re.sub("See https://hydra.cc.*", "", text.split("\n\n")[0]).split())
 
 

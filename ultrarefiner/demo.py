@@ -60,7 +60,8 @@ def _demo(cfg: DictConfig) -> None:
         socket.create_server((cfg.host, cfg.port)).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"nothing can listen at {cfg.host}, port={cfg.port} ({reason}): give another port.") from error
+        where = f"{cfg.host}, port={cfg.port} ({reason})"
+        raise UserError(f"nothing can listen at {where}: give another port, or host.") from error
     with tempfile.TemporaryDirectory(prefix="ultrarefiner-demo-") as folder:  # images are gone when it ends
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
         imported("gradio", "gradio", "demo")

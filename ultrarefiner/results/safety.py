@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from ultrarefiner.errors import UserError
 from ultrarefiner.settings import setting
 
 Mask = Bool[np.ndarray, "H W"]
@@ -38,6 +39,11 @@ class Safety:
     band: float | None = setting(None, above=0)
     """No pixel may change that is farther from the coarse outline than this multiple of the coarse mask's diameter (of
     the circle with its area)."""
+
+    def __post_init__(self) -> None:
+        """No mask could be accepted where the smallest area is above the largest."""
+        if self.min_area is not None and self.max_area is not None and self.min_area > self.max_area:
+            raise UserError(f"safety.min_area={self.min_area:g} is above safety.max_area={self.max_area:g}")
 
     @classmethod
     def none(cls) -> "Safety":
