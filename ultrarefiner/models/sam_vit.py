@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
     from segment_anything.modeling.image_encoder import Attention, Block
 
-SCORES = 1 << 20  # numbers of attention scores that exist at a time on the way back: 4 MB
+SCORES = 1 << 22  # bytes of attention scores that exist at a time on the way back
 QUERY_ROWS = 16  # frugal: rows of queries whose bias exists at a time; 16 × 64 queries × 4096 keys = 17 MB a head
 PIECE = 512  # frugal: tokens that go through the layers behind the attention at a time
 
@@ -121,30 +121,33 @@ class _InPieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         query, key, value, by_row, by_column, out = ctx.saved_tensors
         batch, heads, tokens, depth = query.shape
-        images, group, step = max(1, SCORES // (heads * tokens**2)), heads, tokens
-        if heads * tokens**2 > SCORES:
-            group, step = 1, max(1, SCORES // tokens)
+        at_a_time = SCORES // query.element_size()
+        images, group, step = max(1, at_a_time // (heads * tokens**2)), heads, tokens
+        if heads * tokens**2 > at_a_time:
+            group, step = 1, max(1, at_a_time // tokens)
         scale = depth**-0.5
         inner = (grad * out).sum(-1, keepdim=True)
         d_query, d_row, d_column = (torch.empty_like(x) for x in (query, by_row, by_column))
         wide = torch.promote_types(key.dtype, torch.float32)  # the sum of many pieces keeps its digits
-        d_key, d_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
+        # Transposed, (B, n, D, N): a product whose large left side is transposed would be copied in bfloat16.
+        d_key, d_value = (x.new_zeros(x.mT.shape, dtype=wide) for x in (key, value))
         for image, head in product(range(0, batch, images), range(0, heads, group)):
             these = (slice(image, image + images), slice(head, head + group))
-            keys, values = key[these], value[these]
+            keys = key[these]
+            keys_across, values_across = keys.mT.contiguous(), value[these].mT.contiguous()
             for start in range(0, tokens, step):
                 part = (*these, slice(start, start + step))
                 queries, grads = query[part] * scale, grad[part]
-                scores = (queries @ keys.transpose(2, 3)).unflatten(3, (by_row.shape[-1], by_column.shape[-1]))
+                scores = (queries @ keys_across).unflatten(3, (by_row.shape[-1], by_column.shape[-1]))
                 scores.add_(by_row[part].unsqueeze(-1)).add_(by_column[part].unsqueeze(-2))
                 weights = torch.softmax(scores.flatten(3), dim=-1)
-                d_value[these].add_(weights.transpose(2, 3) @ grads)
-                d_scores = (grads @ values.transpose(2, 3)).sub_(inner[part]).mul_(weights)
+                d_value[these].add_(grads.mT @ weights)
+                d_scores = (grads @ values_across).sub_(inner[part]).mul_(weights)
                 d_query[part] = (d_scores @ keys).mul_(scale)
-                d_key[these].add_(d_scores.transpose(2, 3) @ queries)
+                d_key[these].add_(queries.mT @ d_scores)
                 d_scores = d_scores.view_as(scores)
                 d_row[part], d_column[part] = d_scores.sum(-1), d_scores.sum(-2)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_row, d_column
+        return d_query, d_key.mT.to(key.dtype), d_value.mT.to(value.dtype), d_row, d_column
 
 
 def _attend_appended(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
