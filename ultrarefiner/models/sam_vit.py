@@ -184,7 +184,7 @@ class ViTBlock(nn.Module):
         else:
             windows = split_windows(qkv, self.window_size, self.attn.qkv.bias)
             out = attend(self.attn, windows, self.window_size, self.window_size)
-            # In one piece: for a part of a grid a linear layer multiplies row by row, each with its copy of the weights.
+            # In one piece: for a part of a grid a linear layer multiplies row by row, each with a copy of the weights.
             out = join_windows(out, self.window_size, height, width).contiguous()
         if not frugal:
             return self._after_attention(x, out)
