@@ -2,8 +2,9 @@
 
     python benchmarks/results.py        (make results)
 
-Each CSV there has a row for each test case: id, patient, dataset, label, lesion_px, and Dice and HD95 (px, native size)
-of every method, under `METHODS`' names. Nothing in the page is typed by hand but its sentences.
+Each CSV there has a row for each case: id, patient, dataset, label, lesion_px, perhaps device, and Dice and HD95 (px,
+native size) of every method, under `METHODS`' names; that of the validation cases also has the coarse masks' precision,
+recall and number of parts that touch no lesion. Nothing in the page is typed by hand but its sentences.
 """
 
 from collections.abc import Iterable
@@ -27,15 +28,24 @@ METHODS = {
     "phase3": "after Phase 3, mean of both logits",
     "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits (**what ships**)",
 }
+VIEWS = {
+    "coarse": "coarse network of the pair that ships",
+    "coarse_tta": "the same with `tta=flips`",
+    "encoder": "the pair that ships, refined",
+    "encoder_tta": "the same with `tta=flips`",
+}
+"""Of the validation cases."""
 SHIPPED = "encoder"
+WORST, EXTENT = 100, 0.1
+"""So many validation cases are looked at; so much recall and precision differ where a mask has the wrong extent."""
 Rows = list[dict[str, Any]]
 
 
-def method_table(rows: Rows) -> str:
+def method_table(rows: Rows, titles: dict[str, str] = METHODS) -> str:
     """A row for each method: means, and the paired difference to the coarse network."""
     found = []
     coarse = statistics.values(rows, "coarse_dice")
-    for name, title in METHODS.items():
+    for name, title in titles.items():
         if f"{name}_dice" not in rows[0]:
             continue
         change = statistics.paired(coarse, statistics.values(rows, f"{name}_dice"))
@@ -55,7 +65,7 @@ def method_table(rows: Rows) -> str:
 
 
 def group_table(rows: Rows) -> str:
-    """The shipped masks against the coarse ones, by class and by size of the lesion."""
+    """The shipped masks against the coarse ones, by class, by size of the lesion and by device."""
     sizes = np.array([number(row["lesion_px"]) for row in rows])
     small, large = np.quantile(sizes, (1 / 3, 2 / 3))
     groups = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
@@ -64,6 +74,30 @@ def group_table(rows: Rows) -> str:
         "middle third": [r for r, size in zip(rows, sizes, strict=True) if small < size <= large],
         "largest third": [r for r, size in zip(rows, sizes, strict=True) if size > large],
     }
+    groups |= {name: [row for row in rows if row["device"] == name] for name in sorted({r["device"] for r in rows})}
+    return _groups(groups)
+
+
+def kind(row: dict[str, Any]) -> str:
+    """What is wrong with a coarse mask, as far as numbers tell."""
+    precision, recall = number(row["coarse_precision"]), number(row["coarse_recall"])
+    if number(row["coarse_false"]) > 0:
+        return "a second part, beside the lesion"
+    if recall - precision > EXTENT:
+        return "too large"
+    return "too small" if precision - recall > EXTENT else "about as large, ragged or shifted"
+
+
+def kind_table(rows: Rows) -> str:
+    """The worst coarse masks by what is wrong with them, and all others."""
+    ranked = sorted(rows, key=lambda row: number(row["coarse_dice"]))
+    worst = ranked[:WORST]
+    groups = {name: [row for row in worst if kind(row) == name] for name in sorted({kind(row) for row in worst})}
+    groups = dict(sorted(groups.items(), key=lambda one: -len(one[1])))
+    return _groups(groups | {f"the {WORST} worst": worst, f"the other {len(ranked) - WORST}": ranked[WORST:]})
+
+
+def _groups(groups: dict[str, Rows]) -> str:
     found = []
     for name, some in groups.items():
         before, after = (statistics.values(some, f"{which}_dice") for which in ("coarse", SHIPPED))
@@ -91,6 +125,7 @@ def _markdown(rows: Iterable[dict[str, str]]) -> str:
 def main() -> None:
     """Write the page."""
     rows: Rows = [dict(row) for row in read_csv(DOCS / "results" / "busbra-fold0.csv")]
+    val: Rows = [dict(row) for row in read_csv(DOCS / "results" / "busbra-fold0-val.csv")]
     busi: Rows = [dict(row) for row in read_csv(DOCS / "results" / "busi-sample.csv")]
     picture = DOCS / "results" / "scatter.png"
     dice = [[number(row[f"{which}_dice"]) for row in rows] for which in ("coarse", SHIPPED)]
@@ -98,9 +133,9 @@ def main() -> None:
     patients = len({row["patient"] for row in rows})
     text = Path(__file__).with_name("results_page.md").read_text(encoding="utf-8")
     tables_of = {"methods": method_table(rows), "groups": group_table(rows), "busi": method_table(busi)}
-    filled = text.format(
-        cases=len(rows), patients=patients, busi_cases=len(busi), cite=CITATIONS["busbra"], **tables_of
-    )
+    tables_of |= {"views": method_table(val, VIEWS), "kinds": kind_table(val)}
+    counts = {"cases": len(rows), "patients": patients, "val_cases": len(val), "busi_cases": len(busi)}
+    filled = text.format(**counts, cite=CITATIONS["busbra"], **tables_of)
     write_atomically(DOCS / "results.md", filled.encode())
     print(DOCS / "results.md")
 
