@@ -126,7 +126,8 @@ def test_a_rejected_mask_leaves_the_coarse_one(e2e):
     image, truth = data.reader.read(data.split.test[0])
     free = segmenter(image, coarse=truth)
     assert free.accepted and free.reason == "" and np.array_equal(free.mask, free.refined)
-    strict = with_options(segmenter, safety=Safety(min_iou=1.0, min_dice=None, max_area=1e-6))(image, coarse=truth)
+    rules = Safety(min_iou=1.0, min_dice=None, min_area=None, max_area=1e-6)
+    strict = with_options(segmenter, safety=rules)(image, coarse=truth)
     assert not strict.accepted and np.array_equal(strict.mask, strict.coarse)
     assert "predicted IoU" in strict.reason and "; area" in strict.reason
     assert np.array_equal(strict.refined, free.refined) and strict.iou == free.iou and strict.box == free.box

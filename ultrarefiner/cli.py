@@ -185,7 +185,8 @@ def explain(error: BaseException) -> str:
         reason = str(cause.msg or cause).splitlines()[0]
         if re.match(r"Key '.*' (not in|is not in struct)", reason):
             siblings = [str(name) for name in cause.parent_node] if cause.parent_node is not None else []
-            return f"there is no key {key}{_suggest(key, siblings)}; `--cfg job` prints all of them"
+            more = f"; an argument of its class is added with +{key}=VALUE" if "_target_" in siblings else ""
+            return f"there is no key {key}{_suggest(key, siblings)}; `--cfg job` prints all of them{more}"
         if unknown := re.match(r"Interpolation key '(.+)' not found", reason):
             return f"{key} is that of {unknown[1]}, which is not known here: give {key}=VALUE"
         # Hydra names the override, OmegaConf the key.
