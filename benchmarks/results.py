@@ -21,12 +21,17 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 METHODS = {
     "coarse": "coarse network (Phase 1)",
     "coarse_tta": "coarse network, mean with the mirrored image",
+    "coarse_long": "coarse network trained twice as long (24 epochs)",
     "zero_shot": "LiteMedSAM as it is, full frame padded",
     "zero_shot_mean": "the same, mean of both logits",
     "phase2": "after Phase 2, mean of both logits",
     "coarse_e2e": "coarse network after Phase 3",
+    "coarse_e2e_tta": "the same, mean with the mirrored image",
     "phase3": "after Phase 3, mean of both logits",
     "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits (**what ships**)",
+    "encoder_tta": "the same, with `tta=flips`",
+    "two": "two coarse networks (after Phase 3; of 24 epochs), mean of both logits",
+    "two_refined": "that mean, refined by what ships",
 }
 VIEWS = {
     "coarse": "coarse network of the pair that ships",
