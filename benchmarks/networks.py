@@ -1,4 +1,4 @@
-"""Time and memory of one image through every network that `model/coarse` and `model/sam` offer, as docs/models.md has it.
+"""Time and memory of one image through every network that `model/coarse` and `model/sam` offer, for docs/models.md.
 
     python benchmarks/networks.py [NAME ...] [--repeats 3]
 

@@ -186,7 +186,7 @@ class Sam(nn.Module):
             raise ValueError("points need labels, and all prompts one length, a multiple of the number of images")
         sparse = self._embed_sparse(points, labels, boxes).expand(prompts, -1, -1)
         grid, each = (image.shape[2], image.shape[3]), prompts // images
-        image = image.flatten(2).transpose(1, 2)
+        image = image.flatten(2).transpose(1, 2).contiguous()  # else all that is added to it lies across
         multimask = self.multimask if multimask is None else multimask
         position = self._embed_places(*grid)
         step = PROMPTS_AT_ONCE if image.device.type == "cpu" else prompts

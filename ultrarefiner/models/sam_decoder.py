@@ -106,7 +106,7 @@ def attend_both_ways(
         position: of the keys.
         tokens: all prompts' tokens.
     """
-    queries = tokens
+    queries, keys, position = tokens, _for_products(keys), _for_products(position)
     for layer in transformer.layers:
         queries, keys = _layer(layer, queries, keys, position, tokens)
     attended = _to_image(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys)
@@ -152,7 +152,14 @@ def _layer(
     placed = keys + position
     queries = layer.norm2(queries + _to_image(layer.cross_attn_token_to_image, queries + tokens, placed, keys))
     queries = layer.norm3(queries + layer.mlp(queries))
-    return queries, layer.norm4(keys + _to_tokens(layer.cross_attn_image_to_token, placed, queries + tokens, queries))
+    changed = keys + _to_tokens(layer.cross_attn_image_to_token, placed, queries + tokens, queries)
+    return queries, _for_products(layer.norm4(changed))
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """x in the numbers that autocast's products take: made once, and what goes through it is half as much to move."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _to_image(
@@ -188,7 +195,7 @@ def _scores(
     weight, bias = (p.unflatten(0, (attention.num_heads, -1)) for p in (projection.weight, projection.bias))
     turned = torch.einsum("pthd,hdc->phtc", few, weight)
     constant = torch.einsum("pthd,hd->pht", few, bias)
-    scores = torch.baddbmm(constant.flatten(1)[..., None], turned.flatten(1, 2), many.mT)
+    scores = torch.baddbmm(constant.flatten(1)[:, None], many, turned.flatten(1, 2).mT).mT.contiguous()
     scaled: Tensor = scores.unflatten(1, turned.shape[1:3])
     return scaled
 

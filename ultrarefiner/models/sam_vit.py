@@ -49,8 +49,9 @@ def relative_parts(
     grid = query.unflatten(2, (height, width))
     rows = relative_table(attention.rel_pos_h, height).to(query.dtype)
     columns = relative_table(attention.rel_pos_w, width).to(query.dtype)
-    by_row = grid @ rows.transpose(1, 2)
-    by_column = (grid.transpose(2, 3) @ columns.transpose(1, 2)).transpose(2, 3)
+    # not by broadcasting, which would write the tables out for each head and window, and keep them for the way back
+    by_row = torch.einsum("bnhwd,hkd->bnhwk", grid, rows)
+    by_column = torch.einsum("bnhwd,wkd->bnhwk", grid, columns)
     return by_row.flatten(2, 3), by_column.flatten(2, 3)
 
 

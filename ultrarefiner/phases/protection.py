@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,8 +26,9 @@ class WeightAnchor(nn.Module):
     def forward(self, network: nn.Module) -> Float[Tensor, ""]:
         """The squared distance of the network's weights from the start; its gradient is 2(θ − θ₀)."""
         moved = dict(network.named_parameters())
-        terms = [((moved[name] - start) ** 2).sum() for name, start in zip(self._names, self._starts(), strict=True)]
-        return torch.stack(terms).sum()
+        pairs = zip(self._names, self._starts(), strict=True)
+        # mse_loss keeps no difference for the way back, which would be as large as the network
+        return torch.stack([F.mse_loss(moved[name], start, reduction="sum") for name, start in pairs]).sum()
 
 
 def hold_batchnorm(network: nn.Module) -> None:
