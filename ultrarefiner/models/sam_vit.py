@@ -176,7 +176,8 @@ class ViTBlock(nn.Module):
         """(B,H,W,C) tokens → the same shape."""
         _, height, width, _ = x.shape
         qkv = self.attn.qkv(self.norm1(x))
-        frugal = x.device.type == "cpu" and not (torch.is_grad_enabled() and _wants_gradient(qkv, self.attn))
+        tables = torch.is_grad_enabled() and self.attn.use_rel_pos and self.attn.rel_pos_h.requires_grad
+        frugal = x.device.type == "cpu" and not (qkv.requires_grad or tables)
         frugal = frugal and not torch.compiler.is_exporting()  # a graph for any number of images knows no pieces
         if not self.window_size:
             out = attend(self.attn, qkv.flatten(1, 2), height, width, frugal).unflatten(1, (height, width))
@@ -208,10 +209,6 @@ class ViTBlock(nn.Module):
             attended = attend(self.attn, tokens, side, side, frugal=True)
             out[strip] = join_windows(attended, side, qkv[strip].shape[1], width)
         return out
-
-
-def _wants_gradient(qkv: Tensor, attention: "Attention") -> bool:
-    return qkv.requires_grad or (attention.use_rel_pos and attention.rel_pos_h.requires_grad)
 
 
 def split_windows(

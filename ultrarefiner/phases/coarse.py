@@ -37,15 +37,8 @@ class CoarsePhase(Phase):
         dice_weight: float,
         grad_clip: float | None,
     ) -> None:
-        super().__init__(
-            cascade,
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            decay=poly(poly_power),
-            grad_clip=grad_clip,
-        )
-        self.lr = lr
+        super().__init__(cascade, epochs=epochs, batch_size=batch_size, optimizer=optimizer, grad_clip=grad_clip)
+        self.lr, self.decay = lr, poly(poly_power)
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
 
     def groups(self) -> list[dict[str, Any]]:
@@ -56,9 +49,8 @@ class CoarsePhase(Phase):
     def terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Cross-entropy and Dice at the coarse size."""
         assert self.cascade.coarse is not None
-        return coarse_terms(
-            self.cascade.coarse(batch["coarse_image"]), batch["coarse_mask"], self.ce_weight, self.dice_weight
-        )
+        logits = self.cascade.coarse(batch["coarse_image"])
+        return coarse_terms(logits, batch["coarse_mask"], self.ce_weight, self.dice_weight)
 
     def masks(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The coarse mask."""

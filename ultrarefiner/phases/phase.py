@@ -47,7 +47,6 @@ class Phase(pl.LightningModule):
         epochs: passes over the training cases.
         batch_size: samples of a step.
         optimizer: parameter groups -> optimiser.
-        decay: factor on the learning rate, from the share of training that is done.
         grad_clip: largest norm of the gradient; None does not clip.
     """
 
@@ -69,13 +68,14 @@ class Phase(pl.LightningModule):
         epochs: int,
         batch_size: int,
         optimizer: OptimizerFactory,
-        decay: Callable[[float], float] = cosine,
         grad_clip: float | None = None,
     ) -> None:
         super().__init__()
         self.cascade = cascade
         self.epochs, self.batch_size = epochs, batch_size
-        self.optimizer, self.decay, self.grad_clip = optimizer, decay, grad_clip
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.decay: Callable[[float], float] = cosine
+        """Factor on the learning rate, from the share of training that is done."""
         self.seed = 0
         self.precision = FULL
         """In which `predict` computes, see `precision.computing`."""

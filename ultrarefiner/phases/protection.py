@@ -1,7 +1,5 @@
 """What keeps Phase 3 from harming the coarse network (seed: "TransUNet Protection Options")."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,15 +18,12 @@ class WeightAnchor(nn.Module):
         for index, (_, parameter) in enumerate(network.named_parameters()):
             self.register_buffer(f"start_{index}", parameter.detach().clone(), persistent=False)
 
-    def _starts(self) -> Iterator[Tensor]:
-        return (getattr(self, f"start_{index}") for index in range(len(self._names)))
-
     def forward(self, network: nn.Module) -> Float[Tensor, ""]:
         """The squared distance of the network's weights from the start; its gradient is 2(θ − θ₀)."""
         moved = dict(network.named_parameters())
-        pairs = zip(self._names, self._starts(), strict=True)
+        pairs = [(moved[name], getattr(self, f"start_{index}")) for index, name in enumerate(self._names)]
         # mse_loss keeps no difference for the way back, which would be as large as the network
-        return torch.stack([F.mse_loss(moved[name], start, reduction="sum") for name, start in pairs]).sum()
+        return torch.stack([F.mse_loss(weight, start, reduction="sum") for weight, start in pairs]).sum()
 
 
 def hold_batchnorm(network: nn.Module) -> None:
