@@ -30,14 +30,20 @@ METHODS = {
     "phase3": "after Phase 3, mean of both logits",
     "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits (**what ships**)",
     "encoder_tta": "the same, with `tta=flips`",
-    "two": "two coarse networks (after Phase 3; of 24 epochs), mean of both logits",
+    "two": "two coarse networks (after Phase 3; of 24 epochs), mean of their logits",
     "two_refined": "that mean, refined by what ships",
+    "three": "three coarse networks (and one that sees 320 px), mean of their logits",
+    "three_refined": "that mean, refined by what ships",
 }
 VIEWS = {
     "coarse": "coarse network of the pair that ships",
     "coarse_tta": "the same with `tta=flips`",
     "encoder": "the pair that ships, refined",
     "encoder_tta": "the same with `tta=flips`",
+    "two": "two coarse networks, as above",
+    "two_refined": "that mean, refined by what ships",
+    "three": "three coarse networks, as above",
+    "three_refined": "that mean, refined by what ships",
 }
 """Of the validation cases."""
 SHIPPED = "encoder"
