@@ -333,7 +333,7 @@ fold=true                                           → fold=true
 +dataset.augment.rotate_deg=nan                     → dataset\.augment\.rotate_deg must be finite
 +dataset.augment.rotate_deg=-10                     → dataset\.augment.*rotate_deg must be between 0 and 180
 +dataset.augment.flip=2                             → dataset\.augment.*flip must be between 0 and 1
-dataset.augment.rotate_deg=30                         → there is no key dataset\.augment\.rotate_deg.*added with \+dataset\.augment\.rotate_deg=VALUE
+dataset.augment.rotate_deg=30 → no key dataset\.augment\.rotate_deg.*with \+dataset\.augment\.rotate_deg=
 phase=sam +phase.failures.bins=[[0.9,0.95,-1]]      → bins
 phase=sam +phase.failures.softness=nan              → phase\.failures
 dataset.members=[busi]                              → dataset\.members.*dataset=combined

@@ -38,7 +38,7 @@ timeout_min: 10
 array_parallelism: 2
 """
 EPOCHS = "model.schedule.coarse.epochs=8"
-PATIENCE_SECONDS = 280
+PATIENCE_SECONDS = 600
 
 
 @pytest.fixture(scope="session")
