@@ -20,6 +20,9 @@ from page import table
 from ultrarefiner.cli import CONF
 from ultrarefiner.models.sam import load_sam
 
+UNTRAINED = {"lite": {"pretrained": False}, "smp": {"encoder_weights": None}}
+"""What leaves weights at random where a network would start from published ones."""
+
 
 def options(group: str) -> list[str]:
     """What a group offers."""
@@ -31,8 +34,7 @@ def measure(group: str, name: str, repeats: int) -> list[str]:
     torch.set_num_threads(1)
     cfg = configuration(f"model/{group}={name}")
     if group == "coarse":
-        random = ["pretrained"] if name == "lite" else ["encoder_weights"] if name == "smp" else []
-        network = instantiate(cfg.model.coarse, **dict.fromkeys(random, None if name == "smp" else False))
+        network = instantiate(cfg.model.coarse, **UNTRAINED.get(name, {}))
         image = torch.rand(1, 3, cfg.model.coarse_size, cfg.model.coarse_size)
         run = network.eval()
     else:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -178,10 +179,11 @@ def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number)
             assert time.monotonic() < until and running.poll() is None
             time.sleep(0.1)
         running.send_signal(number)
-        _, err = running.communicate(timeout=60)  # 200 epochs take far longer, on a busy machine the one step may too
+        _, err = running.communicate(timeout=60)
     finally:
         running.kill()
     assert running.returncode == 128 + number
     assert "the same command continues" in err and "Traceback" not in err
     (path,) = tmp_path.glob(last)
-    assert files.load(path)["epoch"] >= 0
+    # of 200, each of which takes a tenth of a second here: seconds depend on what else the machine does
+    assert 0 <= files.load(path)["epoch"] <= 20
