@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -231,3 +232,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     faults = int(subprocess.check_output([sys.executable, "-c", program], text=True, env=environment))
     pages = 5 * 40_000_000 // 4096
     assert faults > 0.9 * pages if own else faults < 0.1 * pages
+
+
+def test_what_phase_three_is_compared_with_is_measured_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(tracking.Progress, "__call__", lambda self, loader, part: (shown.append(part), loader)[1])
+    settings = ["phase.epochs=1", "phase.batch_size=4", "dataset.reader.cases=12", f"output_root={tmp_path}"]
+    run(compose(*settings, "phase=sam"))
+    for _ in range(2):
+        with pytest.raises(Paused):
+            run(compose(*settings, "trainer.budget_minutes=0.00001"))
+    baseline = ["baseline, val", "baseline, test"]
+    assert [part for part in shown if part in baseline] == baseline
+    (file,) = tmp_path.glob("phantom/tiny/e2e*/*/checkpoints/baseline.pt")
+    files.save(("other weights", files.load(file)[1]), file)
+    summary = json.loads((run(compose(*settings)) / "summary.json").read_text())
+    assert [part for part in shown if part in baseline] == 2 * baseline
+    rows = files.load(file)[1]["test"]
+    assert summary["baseline"]["test"]["refined"]["dice"] == pytest.approx(np.mean([r["refined_dice"] for r in rows]))

@@ -12,6 +12,7 @@ from segment_anything import sam_model_registry
 from conftest import MICRO, compose
 from transunet_reference import published_shapes
 from ultrarefiner import files
+from ultrarefiner.data import phantom
 from ultrarefiner.errors import Paused, UserError
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import load_sam
@@ -23,8 +24,9 @@ from ultrarefiner.runs.plan import plan
 
 
 @pytest.mark.slow
-def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp_path):
+def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp_path, monkeypatch):
     """Random weights in files laid out like TransUNet's and Meta's; 512 px frames, SAM at 1024 px, within 8 GB."""
+    monkeypatch.setattr(phantom, "VIEWS", 1)  # of a patient: each costs seconds
     generator = torch.Generator().manual_seed(0)
     coarse = {
         name: torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
@@ -45,7 +47,7 @@ def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp
         "protection.freeze_epochs=0",
         "dataset.reader.cases=20",
         "dataset.reader.size=128",
-        "dataset.limit.train=1",
+        "dataset.limit.train=2",
         "dataset.limit.val=1",
         "dataset.limit.test=1",
         "trainer.progress_bar=false",
@@ -57,7 +59,7 @@ def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["epochs"] == 1 and set(summary["test"]) == {"coarse", "refined"}
     last = files.load(directory / "checkpoints" / checkpoints.LAST)
-    assert last["epoch"] == 0 and last["global_step"] == 2  # a patient has two views
+    assert last["epoch"] == 0 and last["global_step"] == 2
     moved = last["state_dict"]
     assert not torch.equal(moved["cascade.coarse.segmentation_head.0.weight"], coarse["segmentation_head.0.weight"])
     sam_model_registry["vit_b"](checkpoint=str(directory / "checkpoints" / "best_sam.pth"))

@@ -8,7 +8,6 @@ another name and then renamed: processes may share the folder, and a killed one 
 
 import contextlib
 import errno
-import hashlib
 import logging
 import uuid
 import zlib
@@ -22,7 +21,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor, nn
 
 from ultrarefiner.errors import UserError
-from ultrarefiner.models.weights import in_memory_state
+from ultrarefiner.models.weights import fingerprint, in_memory_state, tensor_hash
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class EmbeddingCache:
         return torch.from_numpy(np.stack(found)).to(image)
 
     def _one(self, room: Path, image: Tensor, encode: Callable[[Tensor], Any]) -> Float16[np.ndarray, "D h w"]:
-        path = room / f"{_hash(image)}.npy"
+        path = room / f"{tensor_hash(image)}.npy"
         embedding = _read(path)
         if embedding is None:
             with torch.no_grad():
@@ -86,10 +85,7 @@ class EmbeddingCache:
         """The hash of all that an embedding follows from, but the image; computed anew when a weight has changed."""
         state = (kind, in_memory_state(encoder))
         if self._encoder is None or self._encoder[0] != state:
-            named = [f"{VERSION} {kind}"]
-            for name, value in encoder.state_dict().items():
-                named.append(f"{name} {_hash(value)}")
-            self._encoder = (state, hashlib.sha256("\n".join(named).encode()).hexdigest()[:32])
+            self._encoder = (state, fingerprint(encoder, f"{VERSION} {kind}"))
         return self._encoder[1]
 
     def _keep(self, path: Path, embedding: Float16[np.ndarray, "D h w"]) -> None:
@@ -151,14 +147,6 @@ def _read(path: Path) -> Float16[np.ndarray, "D h w"] | None:
 
 def _crc(embedding: np.ndarray) -> bytes:
     return zlib.crc32(np.ascontiguousarray(embedding).data).to_bytes(CRC_BYTES, "little")
-
-
-def _hash(tensor: Tensor) -> str:
-    """Of dtype, shape and bytes."""
-    plain = tensor.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=20)
-    digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _precision(image: Tensor) -> str:

@@ -3,6 +3,7 @@
 Nothing here unpickles code (`weights_only=True`), and every mistake in a file is a `UserError` that names the file.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ultrarefiner import files
@@ -24,7 +25,6 @@ from ultrarefiner.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1 << 20  # bytes read at a time
 SAFETENSORS = ".safetensors"
 SILENCE = 60  # seconds without a byte after which a connection counts as lost
 
@@ -195,7 +195,7 @@ def _receive_once(release: Release, part: Path, had: int) -> bool:
         total = None if length is None else had + int(length)
         title = {"desc": release.name, "unit": "B", "unit_scale": True, "disable": None}  # None: on a terminal only
         with part.open("ab" if had else "wb") as file, tqdm(total=total, initial=had, **title) as bar:
-            while block := source.read(BLOCK):
+            while block := source.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
             return total is not None and file.tell() < total
@@ -319,3 +319,17 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], where: s
     if problems:
         raise UserError(f"{where} does not fit this model; {'; '.join(problems)}.")
     module.load_state_dict(state, assign=True)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """The hash of dtype, shape and bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    digest = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=20)
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(module: nn.Module, *more: str) -> str:
+    """The hash of all weights and buffers of a network, and of what else is said."""
+    named = [*more, *(f"{name} {tensor_hash(value)}" for name, value in module.state_dict().items())]
+    return hashlib.sha256("\n".join(named).encode()).hexdigest()[:32]

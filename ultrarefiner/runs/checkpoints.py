@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
 """The pair of networks that comes with the project, as `ultrarefiner.export` writes a pair."""
 GATE = ".gate.pth"
 """What the file of a trained gate ends in, beside the SAM that it was trained with."""
-BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+BEST, LAST, PREVIOUS, BASELINE = "best.ckpt", "last.ckpt", "previous.ckpt", "baseline.pt"
 
 
 def about(settings: dict[str, Any], config: dict[str, Any], seen: Seen) -> dict[str, Any]:

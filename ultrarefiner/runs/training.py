@@ -17,7 +17,8 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.folds import save_split
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import remove_parts, write_atomically
+from ultrarefiner.files import load, remove_parts, save, write_atomically
+from ultrarefiner.models.weights import fingerprint
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import tables
 from ultrarefiner.results.evaluation import Rows, evaluate
@@ -74,7 +75,7 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
             callbacks.keep_pages()
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
         with _enough_memory():
-            baseline = _baseline(phase, run.data, measured)
+            baseline = _baseline(phase, run, measured)
             _fit(trainer, phase, run)
             results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
         if first:
@@ -141,13 +142,21 @@ def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
     return ("val", data.val_dataloader()), ("test", data.test_dataloader())
 
 
-def _baseline(phase: Phase, data: DataModule, measured: tracking.Progress) -> dict[str, Rows]:
-    """What the weights can do that a phase starts from, if it is compared with them from then on."""
+def _baseline(phase: Phase, run: Run, measured: tracking.Progress) -> dict[str, Rows]:
+    """What the weights can do that a phase starts from, if it is compared with them from then on.
+
+    It is kept with the checkpoints: a run that is interrupted again and again measures it once.
+    """
     if not phase.compared:
         return {}
-    rows = {part: evaluate(phase.predict, measured(loader, f"baseline, {part}")) for part, loader in _loaders(data)}
-    phase.start_from(mean_scores(rows["val"], "coarse")["dice"])
-    return rows
+    file, weights = run.directory / "checkpoints" / checkpoints.BASELINE, fingerprint(phase.cascade)
+    known: tuple[str, dict[str, Rows]] = ranks.agreed(load(file) if file.is_file() else ("", {}))
+    if known[0] != weights:
+        known = weights, {p: evaluate(phase.predict, measured(of, f"baseline, {p}")) for p, of in _loaders(run.data)}
+        if ranks.rank() == 0:
+            save(known, file)
+    phase.start_from(mean_scores(known[1]["val"], "coarse")["dice"])
+    return known[1]
 
 
 def _fit(trainer: pl.Trainer, phase: Phase, run: Run) -> None:
