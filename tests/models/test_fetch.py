@@ -119,6 +119,7 @@ def test_all_bytes_are_there_and_only_the_name_is_missing(server, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(CONTENT[:-1] + b"x", "SHA-256"), (CONTENT[:-5], "truncated"), (CONTENT + b"x", "not the publisher's")],
+    ids=["changed", "cut", "longer"],
 )
 def test_another_file_than_the_publisher_describes(server, tmp_path, content, message):
     server.content = content
