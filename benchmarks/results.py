@@ -24,6 +24,8 @@ METHODS = {
     "coarse_long": "coarse network trained twice as long (24 epochs)",
     "zero_shot": "LiteMedSAM as it is, full frame padded",
     "zero_shot_mean": "the same, mean of both logits",
+    "seed_phase2": "SAM after Phase 2 with the original's settings, on the coarse network after Phase 3",
+    "seed": "the same after Phase 3 with the original's settings",
     "phase2": "after Phase 2, mean of both logits",
     "coarse_e2e": "coarse network after Phase 3",
     "coarse_e2e_tta": "the same, mean with the mirrored image",

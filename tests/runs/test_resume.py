@@ -170,7 +170,15 @@ def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number)
 
     command = [sys.executable, "-m", "ultrarefiner.train", *MICRO, "phase=coarse", f"output_root={tmp_path}"]
     command += ["phase.epochs=200"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background of a shell ignores it
+    )
     last = "phantom/tiny/coarse*/*/checkpoints/last.ckpt"
     until = time.monotonic() + 120
     try:
