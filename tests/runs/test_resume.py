@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -170,15 +171,9 @@ def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number)
 
     command = [sys.executable, "-m", "ultrarefiner.train", *MICRO, "phase=coarse", f"output_root={tmp_path}"]
     command += ["phase.epochs=200"]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a job in the background of a shell ignores it
-    )
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, text=True, preexec_fn=heard, **pipes)
     last = "phantom/tiny/coarse*/*/checkpoints/last.ckpt"
     until = time.monotonic() + 120
     try:
