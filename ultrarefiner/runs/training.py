@@ -75,7 +75,7 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
             callbacks.keep_pages()
         measured = tracking.Progress(watched=tracking.watched(cfg.trainer.progress_bar))
         with _enough_memory():
-            baseline = _baseline(phase, run, measured)
+            baseline = _baseline(phase, run, measured) if phase.compared else {}
             _fit(trainer, phase, run)
             results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
         if first:
@@ -143,16 +143,15 @@ def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
 
 
 def _baseline(phase: Phase, run: Run, measured: tracking.Progress) -> dict[str, Rows]:
-    """What the weights can do that a phase starts from, if it is compared with them from then on.
+    """What the weights can do that a phase starts from, which is compared with them from then on.
 
     It is kept with the checkpoints: a run that is interrupted again and again measures it once.
     """
-    if not phase.compared:
-        return {}
-    file, weights = run.directory / "checkpoints" / checkpoints.BASELINE, fingerprint(phase.cascade)
+    file = run.directory / "checkpoints" / checkpoints.BASELINE
+    mark = fingerprint(phase.cascade, run.data.store.fingerprint)
     known: tuple[str, dict[str, Rows]] = ranks.agreed(load(file) if file.is_file() else ("", {}))
-    if known[0] != weights:
-        known = weights, {p: evaluate(phase.predict, measured(of, f"baseline, {p}")) for p, of in _loaders(run.data)}
+    if known[0] != mark:
+        known = mark, {p: evaluate(phase.predict, measured(of, f"baseline, {p}")) for p, of in _loaders(run.data)}
         if ranks.rank() == 0:
             save(known, file)
     phase.start_from(mean_scores(known[1]["val"], "coarse")["dice"])
