@@ -248,5 +248,10 @@ def test_what_phase_three_is_compared_with_is_measured_once(tmp_path, monkeypatc
     files.save(("other weights", files.load(file)[1]), file)
     summary = json.loads((run(compose(*settings)) / "summary.json").read_text())
     assert [part for part in shown if part in baseline] == 2 * baseline
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50])
+    (file.parents[1] / "summary.json").unlink()
+    run(compose(*settings))
+    assert [part for part in shown if part in baseline] == 3 * baseline, "a damaged file is no obstacle"
     rows = files.load(file)[1]["test"]
     assert summary["baseline"]["test"]["refined"]["dice"] == pytest.approx(np.mean([r["refined_dice"] for r in rows]))

@@ -79,17 +79,19 @@ def best(directory: Path) -> dict[str, Any]:
     return content
 
 
+def readable(path: Path, otherwise: str) -> Any:
+    """What a file of ours holds; None where there is none, or a damaged one, which is named with what happens then."""
+    try:
+        return load(path) if path.is_file() else None
+    except UserError as error:
+        log.warning("%s; %s", error, otherwise)
+        return None
+
+
 def resume_point(folder: Path) -> Path | None:
     """The newest readable checkpoint to continue from; a damaged one is named and the previous one taken."""
-    for path in (folder / LAST, folder / PREVIOUS):
-        if path.is_file():
-            try:
-                load(path)
-            except UserError as error:
-                log.warning("%s; the one before it is used", error)
-            else:
-                return path
-    return None
+    paths = (folder / LAST, folder / PREVIOUS)
+    return next((path for path in paths if readable(path, "the one before it is used") is not None), None)
 
 
 def load_gate(gate: nn.Module | None, file: Path) -> None:

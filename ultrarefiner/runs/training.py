@@ -17,7 +17,7 @@ from ultrarefiner.data.datamodule import DataModule
 from ultrarefiner.data.dataset import collate
 from ultrarefiner.data.folds import save_split
 from ultrarefiner.errors import UserError
-from ultrarefiner.files import load, remove_parts, save, write_atomically
+from ultrarefiner.files import remove_parts, save, write_atomically
 from ultrarefiner.models.weights import fingerprint
 from ultrarefiner.phases.phase import Phase
 from ultrarefiner.results import tables
@@ -149,7 +149,8 @@ def _baseline(phase: Phase, run: Run, measured: tracking.Progress) -> dict[str, 
     """
     file = run.directory / "checkpoints" / checkpoints.BASELINE
     mark = fingerprint(phase.cascade, run.data.store.fingerprint)
-    known: tuple[str, dict[str, Rows]] = ranks.agreed(load(file) if file.is_file() else ("", {}))
+    kept = checkpoints.readable(file, "it is measured again")
+    known: tuple[str, dict[str, Rows]] = ranks.agreed(kept or ("", {}))
     if known[0] != mark:
         known = mark, {p: evaluate(phase.predict, measured(of, f"baseline, {p}")) for p, of in _loaders(run.data)}
         if ranks.rank() == 0:
