@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
@@ -77,7 +77,7 @@ def _train(run: Run, begun: start.Beginning, deadline: Deadline, said: Callable[
         with _enough_memory():
             baseline = _baseline(phase, run, measured) if phase.compared else {}
             _fit(trainer, phase, run)
-            results = {part: evaluate(phase.predict, measured(loader, part)) for part, loader in _loaders(run.data)}
+            results = _measure(phase, run.data, measured)
         if first:
             steps = (first_step, first_step + trainer.global_step)
             left = outcome.Outcome(run, phase, results, baseline, seen, steps, keeper.best_epoch, trainer.current_epoch)
@@ -138,8 +138,9 @@ def _try(data: DataModule, phase: Phase) -> None:
     phase.train(training)
 
 
-def _loaders(data: DataModule) -> Iterable[tuple[str, Iterable[Any]]]:
-    return ("val", data.val_dataloader()), ("test", data.test_dataloader())
+def _measure(phase: Phase, data: DataModule, measured: tracking.Progress, what: str = "") -> dict[str, Rows]:
+    loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
+    return {part: evaluate(phase.predict, measured(loader, f"{what}{part}")) for part, loader in loaders.items()}
 
 
 def _baseline(phase: Phase, run: Run, measured: tracking.Progress) -> dict[str, Rows]:
@@ -152,7 +153,7 @@ def _baseline(phase: Phase, run: Run, measured: tracking.Progress) -> dict[str, 
     kept = checkpoints.readable(file, "it is measured again")
     known: tuple[str, dict[str, Rows]] = ranks.agreed(kept or ("", {}))
     if known[0] != mark:
-        known = mark, {p: evaluate(phase.predict, measured(of, f"baseline, {p}")) for p, of in _loaders(run.data)}
+        known = mark, _measure(phase, run.data, measured, "baseline, ")
         if ranks.rank() == 0:
             save(known, file)
     phase.start_from(mean_scores(known[1]["val"], "coarse")["dice"])
