@@ -28,7 +28,8 @@ Values
   output=DIR             a new folder
   format=[safetensors]   beside the weights: onnx writes model.onnx, export model.pt2 (torch.export), for any batch;
                          int8 writes model.int8.onnx too, the fastest on a processor
-  half=true              weights of 16 bits: half the size; what that changes, tests/test_export.py bounds
+  coarse=[DIR,...]       further runs, whose coarse networks are averaged with this one's: of other seeds or folds, say
+  bits=16                of each weight: 32, 16, or 8; what that changes, tests/test_export.py bounds
   --cfg job              print the composed configuration"""
 
 
@@ -38,7 +39,8 @@ class ExportConfig:
 
     checkpoint: str | None = None
     output: str | None = None
-    half: bool = True
+    coarse: list[str] = field(default_factory=list)
+    bits: int = 16
     format: list[str] = field(default_factory=lambda: ["safetensors"])
 
 
@@ -56,6 +58,8 @@ def _export(cfg: DictConfig) -> None:
     unknown = set(cfg.format) - {"safetensors", "onnx", "int8", "export"}
     if unknown:
         raise UserError(f"format must be of safetensors, onnx, int8, export, got {', '.join(sorted(unknown))}")
+    if cfg.bits not in (8, 16, 32):
+        raise UserError(f"bits must be 8, 16 or 32, got {cfg.bits}")
     from ultrarefiner.extras import imported
 
     for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(cfg.format) else ():
@@ -64,7 +68,8 @@ def _export(cfg: DictConfig) -> None:
     from ultrarefiner.runs.pack import pack
 
     output, formats = Path(cfg.output).expanduser(), cfg.format
-    for path in pack(located(cfg.checkpoint), output, cfg.half, lambda folder: _graphs(folder, formats)):
+    others = [located(path) for path in cfg.coarse]
+    for path in pack(located(cfg.checkpoint), output, cfg.bits, lambda folder: _graphs(folder, formats), others):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

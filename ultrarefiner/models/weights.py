@@ -6,7 +6,7 @@ Nothing here unpickles code (`weights_only=True`), and every mistake in a file i
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -221,9 +221,44 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no weights: expected a state_dict, plain or under 'state_dict' or 'model'.")
-    state = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in _widened(content)}
     require_finite(state, path)
     return _without_prefix(state)
+
+
+def narrowed(state: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Weights in fewer bits, as `write_state_dict` takes and `read_state_dict` gives them back.
+
+    Args:
+        state: name → tensor; float32 is narrowed, anything else stays.
+        bits: 32, 16 (float16), or 8: matrices and convolutions of at least 64 inputs in whole numbers with a scale for
+            each output, half of its largest weight's 127th at most wrong; the rest in float16.
+
+    Raises:
+        UserError: a weight is too large for float16.
+    """
+    narrow: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if bits == 32 or value.dtype != torch.float32:
+            narrow[name] = value
+        elif bits == 8 and value.ndim > 1 and value[0].numel() >= 64:
+            scale = value.abs().amax(tuple(range(1, value.ndim)), keepdim=True).clamp_min(1e-12) / 127
+            narrow |= {name: (value / scale).round().to(torch.int8), name + _SCALE: scale}
+        elif value.numel() and float(value.abs().max()) > torch.finfo(torch.float16).max:
+            raise UserError(f"the weight {name} is too large for 16 bits; set bits=32")
+        else:
+            narrow[name] = value.half()
+    return narrow
+
+
+_SCALE = ".scale_of_8_bits"
+
+
+def _widened(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in state.items():
+        scale = state.get(name + _SCALE)
+        if not name.endswith(_SCALE):
+            yield name, value if scale is None else value * scale
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -57,6 +57,15 @@ def with_onnx(card: str, files: Sequence[str]) -> str:
     return card.replace(_USE, f"{_USE}\n\n{_WITH_ONNX}") if _USE in card else f"{card}\n{_WITH_ONNX}\n"
 
 
+def averaged(card: str, others: int) -> str:
+    """A card with a word on the networks that were averaged with the coarse one: its figures are of that alone."""
+    more = (
+        f"The coarse network here is the mean of {others + 1} networks. The figures are of the first one alone: "
+        "measure the mean with `python -m ultrarefiner.evaluate`."
+    )
+    return card.replace("## Figures\n", f"## Figures\n\n{more}\n") if others else card
+
+
 LIMITS = """\
 For research. It is no medical device and must not decide on a patient. It has seen images of one data set, with the
 scanners, sites and annotators named there; on other images it may fail without a sign. It was trained on images that

@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.cascade import Cascade
 from ultrarefiner.models.embedding_cache import EmbeddingCache
+from ultrarefiner.models.ensemble import Ensemble, first_member
 from ultrarefiner.models.lora import add_lora
 from ultrarefiner.models.sam import Sam
-from ultrarefiner.models.weights import load_strictly, read_state_dict
+from ultrarefiner.models.weights import SAFETENSORS, load_strictly, read_state_dict
 from ultrarefiner.refine.refiner import Refiner
 from ultrarefiner.refine.roi import FullFrame
 from ultrarefiner.runs.provenance import targets
@@ -186,11 +187,15 @@ def _try(coarse: torch.nn.Module, size: int, target: str) -> None:
 def load_coarse(coarse: torch.nn.Module, path: Path) -> None:
     """Give a coarse network the weights in a file: in its own way where it has one, else name by name.
 
+    Of an ensemble's file a single network takes the first member's.
+
     Raises:
         UserError: the file is unreadable, or not of this network.
     """
     way = "load_npz" if path.suffix == ".npz" else "load_official"
-    if hasattr(coarse, way):
+    if not isinstance(coarse, Ensemble) and path.suffix == SAFETENSORS and (first := first_member(path)):
+        load_strictly(coarse, first, str(path))
+    elif hasattr(coarse, way):
         getattr(coarse, way)(path)
     elif way == "load_npz":
         raise UserError(f"model.coarse_weights={path} is for a TransUNet; this coarse network takes a state_dict")

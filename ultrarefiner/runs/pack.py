@@ -1,16 +1,20 @@
 """The networks of a finished run in a folder for others: weights that say what they are, and a model card."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_json, write_atomically
-from ultrarefiner.models.weights import SAFETENSORS, read_metadata, read_state_dict, write_state_dict
-from ultrarefiner.results.card import model_card, with_onnx
+from ultrarefiner.models.weights import SAFETENSORS, narrowed, read_metadata, read_state_dict, write_state_dict
+from ultrarefiner.results.card import averaged, model_card, with_onnx
 from ultrarefiner.runs.checkpoints import GATE, exported
 from ultrarefiner.settings import COARSE, SAM
 
@@ -18,57 +22,83 @@ CARD = "README.md"
 
 
 def pack(
-    run: Path, output: Path, half: bool = True, more: Callable[[Path], list[Path]] = lambda folder: []
+    run: Path,
+    output: Path,
+    bits: int = 16,
+    more: Callable[[Path], list[Path]] = lambda folder: [],
+    coarse: Sequence[Path] = (),
 ) -> list[Path]:
     """Write coarse.safetensors, sam.safetensors (what the run has of them) and README.md.
 
     Args:
         run: the directory of a finished run, or a folder that was written here.
         output: a folder that is empty or not there yet.
-        half: keep the weights in float16.
+        bits: of the weights, see `narrowed`.
         more: called with the folder once the weights are in it; writes further files, which it returns.
+        coarse: further runs or folders, whose coarse networks are averaged with that of `run`.
 
     Returns:
         The files.
 
     Raises:
-        UserError: the run is not finished, the folder has something in it, or a weight is too large for float16.
+        UserError: a run is not finished or has no coarse network to average, the folder has something in it, or a
+            weight is too large for float16.
     """
-    summary, packed = run / "summary.json", exported(run)
-    if not packed and not summary.is_file():
-        raise UserError(f"checkpoint={run} is not the directory of a finished run: it holds no {summary.name}")
+    networks = _networks(run, "checkpoint")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty; give a new folder")
+    states = {name: read_state_dict(path) for name, path in networks.items()}
+    said = {name: read_metadata(path) for name, path in networks.items()}
+    if coarse:
+        files = [_networks(path, "coarse").get(COARSE) for path in coarse]
+        if COARSE not in networks or None in files:
+            raise UserError("coarse=[…]: each run must have a coarse network, and that of checkpoint= too")
+        _average(states, said, [path for path in files if path is not None])
     written = []
-    said: dict[str, str] = {}
-    for name in (COARSE, SAM):
-        source = packed.get(name, run / "checkpoints" / f"best_{name}{SAFETENSORS}")
-        if source.is_file():
-            said = read_metadata(source)
-            state = read_state_dict(source)
-            written.append(output / f"{name}{SAFETENSORS}")
-            write_state_dict({key: _halved(key, value, half) for key, value in state.items()}, written[-1], said)
-            gate = source.with_suffix(GATE)
-            if gate.is_file():
-                written.append(output / f"{name}{GATE}")
-                shutil.copyfile(gate, written[-1])
-    if not written:
-        raise UserError(f"{run / 'checkpoints'} holds no best_*{SAFETENSORS}; train the run again with this version")
+    for name, source in networks.items():
+        written.append(output / f"{name}{SAFETENSORS}")
+        write_state_dict(narrowed(states[name], bits), written[-1], said[name])
+        gate = source.with_suffix(GATE)
+        if gate.is_file():
+            written.append(output / f"{name}{GATE}")
+            shutil.copyfile(gate, written[-1])
     written += more(output)
     names = [path.name for path in (*written, output / CARD)]
-    if packed:
+    if exported(run):
         card = (run / CARD).read_text(encoding="utf-8") if (run / CARD).is_file() else ""
     else:
-        content: dict[str, Any] = read_json(summary)
-        card = model_card(content, names, said)
+        content: dict[str, Any] = read_json(run / "summary.json")
+        card = model_card(content, names, said[list(said)[-1]])
     written.append(output / CARD)
-    write_atomically(written[-1], with_onnx(card, names).encode())
+    write_atomically(written[-1], with_onnx(averaged(card, len(coarse)), names).encode())
     return written
 
 
-def _halved(name: str, value: torch.Tensor, half: bool) -> torch.Tensor:
-    if not half or value.dtype != torch.float32:
-        return value
-    if value.numel() and float(value.abs().max()) > torch.finfo(torch.float16).max:
-        raise UserError(f"the weight {name} is too large for 16 bits; set half=false")
-    return value.half()
+def _networks(run: Path, key: str) -> dict[str, Path]:
+    """The files of a finished run's or a folder's networks, by part."""
+    summary, packed = run / "summary.json", exported(run)
+    if not packed and not summary.is_file():
+        raise UserError(f"{key}={run} is not the directory of a finished run: it holds no {summary.name}")
+    best = {name: run / "checkpoints" / f"best_{name}{SAFETENSORS}" for name in (COARSE, SAM)}
+    found = packed or {name: path for name, path in best.items() if path.is_file()}
+    if not found:
+        raise UserError(f"{run / 'checkpoints'} holds no best_*{SAFETENSORS}; train the run again with this version")
+    return found
+
+
+def _average(states: dict[str, dict[str, Tensor]], said: dict[str, dict[str, str]], files: list[Path]) -> None:
+    """Put the mean of the coarse networks in the place of the first, and what the others have seen to the rest."""
+    every = [states[COARSE], *map(read_state_dict, files)]
+    words = [said[COARSE], *map(read_metadata, files)]
+    models = [json.loads(word["config"])["model"] for word in words]
+    mean = {
+        "_target_": "ultrarefiner.models.ensemble.Ensemble",
+        "members": [model["coarse"] for model in models],
+        "sizes": [model["coarse_size"] for model in models],
+    }
+    seen = [Seen.of_lists(json.loads(word["seen"])) for word in (*words, *said.values())]
+    states[COARSE] = {f"members.{n}.{name}": value for n, one in enumerate(every) for name, value in one.items()}
+    for word in said.values():
+        config = json.loads(word["config"])
+        config["model"] |= {"coarse": mean, "coarse_size": models[0]["coarse_size"]}
+        word |= {"config": json.dumps(config), "seen": json.dumps(reduce(or_, seen).as_lists())}
