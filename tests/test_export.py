@@ -153,6 +153,21 @@ def test_what_has_no_coarse_network_is_in_no_mean(finished_runs, packed, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_takes_further_networks_and_bits(packed, tmp_path, execute):
+    done = execute(export.main, f"checkpoint={packed}", f"coarse=[{packed}]", "bits=8", f"output={tmp_path}/both")
+    assert done.status == 0 and set(done.out.split()[::3]) == {str(path) for path in (tmp_path / "both").iterdir()}
+    mean, one = (Segmenter.load(folder, "cpu").cascade.coarse for folder in (tmp_path / "both", packed))
+    image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert len(mean.members) == 2 and (mean(image) - one(image)).abs().max() < 0.5  # the mean of two that are the same
+    for wrong, words in (
+        ("bits=4", "bits must be 8, 16 or 32, got 4"),
+        ("coarse=[/nowhere]", "coarse=/nowhere is not"),
+    ):
+        done = execute(export.main, f"checkpoint={packed}", wrong, f"output={tmp_path}/new")
+        assert done.status == 1 and words in done.err and len(done.err.strip().splitlines()) == 1
+        assert not (tmp_path / "new").exists()
+
+
 def test_weights_without_a_word_about_them_are_refused(packed, tmp_path):
     from safetensors.torch import load_file, save_file
 
