@@ -9,9 +9,10 @@ of the first two, three, ... networks is measured as it is, and redrawn by the S
 import argparse
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from page import table
+from page import means
 
 from ultrarefiner.data.folds import make_split
 from ultrarefiner.data.readers import BusBra
@@ -43,7 +44,7 @@ def main() -> None:
     networks = [Segmenter(bare, pair.image_size, pair.coarse_size, "cpu")]
     networks += [Segmenter.load(run, "cpu") for run in args.runs]
     reader = BusBra(args.data_root.expanduser())
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for case in getattr(make_split(reader.cases(), args.fold), args.part)[: args.images]:
         image, truth = reader.read(case)
         single = [network(image).coarse_probability for network in networks]
@@ -51,16 +52,13 @@ def main() -> None:
         for several in range(2, len(single) + 1):
             mean = mean_of(single[:several])
             masks |= {f"mean of {several}": mean > 0.5, f"mean of {several}, refined": pair(image, coarse=mean).mask}
-        row: dict[str, object] = {"id": case.id, "patient": case.patient}
+        row: dict[str, Any] = {"id": case.id, "patient": case.patient}
         for name, mask in masks.items():
-            row[f"{name} dice"], row[f"{name} hd95"] = overlap(mask, truth)["dice"], surface(mask, truth)["hd95"]
+            row[f"{name}_dice"], row[f"{name}_hd95"] = overlap(mask, truth)["dice"], surface(mask, truth)["hd95"]
         rows.append(row)
         print(f"\r{len(rows)}", end="", flush=True)
     write_csv(args.output, rows)
-    measured = [name.removesuffix(" dice") for name in rows[0] if name.endswith(" dice")]
-    both = ("dice", "hd95")
-    means = [[name, *(f"{np.mean([row[f'{name} {what}'] for row in rows]):.4f}" for what in both)] for name in measured]
-    print("\n" + table(["masks", "Dice", "HD95 (px)"], means))
+    print("\n" + means(rows))
 
 
 if __name__ == "__main__":

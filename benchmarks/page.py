@@ -1,6 +1,8 @@
 """docs/performance.md from the figures of benchmarks/performance.py."""
 
 from collections.abc import Callable
+from statistics import fmean
+from typing import Any
 
 from measure import Figures
 
@@ -23,6 +25,15 @@ once more with their memory kept: what is left then is the difference in arithme
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def means(rows: list[dict[str, Any]]) -> str:
+    """Dice and HD95 of each kind of mask over cases, whose columns are KIND_dice and KIND_hd95."""
+    kinds = [name.removesuffix("_dice") for name in rows[0] if name.endswith("_dice")]
+    found = [
+        [kind, *(f"{fmean(row[f'{kind}_{what}'] for row in rows):.4f}" for what in ("dice", "hd95"))] for kind in kinds
+    ]
+    return table(["masks", "Dice", "HD95 (px)"], found)
 
 
 def within(value: float, goal: float) -> str:

@@ -17,9 +17,9 @@ little too good; those of FRESH more so, as it chose among more epochs.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from page import table
+from page import means
 
 from ultrarefiner.data.readers import Busi
 from ultrarefiner.files import read_csv, write_csv
@@ -39,7 +39,7 @@ def main() -> None:
     reader = Busi(args.data_root.expanduser())
     cases = {case.id: case for case in reader.cases()}
     as_it_is = Segmenter.load("shipped", "cpu", safety=Safety.none())
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for fold in range(5):
         pairs = {"": as_it_is}
         for name in ("shipped", "fresh"):
@@ -50,7 +50,7 @@ def main() -> None:
                 continue
             case = cases[found["id"]]
             image, truth = reader.read(case)
-            row: dict[str, object] = {"id": case.id, "patient": case.patient, "dataset": "busi", "label": case.label}
+            row: dict[str, Any] = {"id": case.id, "patient": case.patient, "dataset": "busi", "label": case.label}
             row["lesion_px"] = int(truth.sum())
             for name, pair in pairs.items():
                 drawn = pair(image)
@@ -59,12 +59,7 @@ def main() -> None:
                     row[f"{name}{which}_hd95"] = surface(mask, truth)["hd95"]
             rows.append(row)
     write_csv(args.output, rows)
-    measured = [name.removesuffix("_dice") for name in rows[0] if name.endswith("_dice")]
-    means = [
-        [one, *(f"{np.mean([row[f'{one}_{what}'] for row in rows]):.4f}" for what in ("dice", "hd95"))]
-        for one in measured
-    ]
-    print(table(["masks", "Dice", "HD95 (px)"], means))
+    print(means(rows))
 
 
 if __name__ == "__main__":
