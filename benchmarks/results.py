@@ -3,8 +3,9 @@
     python benchmarks/results.py        (make results)
 
 Each CSV there has a row for each case: id, patient, dataset, label, lesion_px, perhaps device, and Dice and HD95 (px,
-native size) of every method, under `METHODS`' names; that of the validation cases also has the coarse masks' precision,
-recall and number of parts that touch no lesion. Nothing in the page is typed by hand but its sentences.
+native size) of every method, under `METHODS`' names; that of the validation cases also has precision, recall and the
+number of parts that touch no lesion of the coarse masks that ship. Nothing in the page is typed by hand but its
+sentences.
 """
 
 from collections.abc import Iterable
@@ -31,34 +32,38 @@ METHODS = {
     "coarse_e2e": "coarse network after Phase 3",
     "coarse_e2e_tta": "the same, mean with the mirrored image",
     "phase3": "after Phase 3, mean of both logits",
-    "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits (**what ships**)",
+    "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits",
     "encoder_tta": "the same, with `tta=flips`",
     "two": "two coarse networks (after Phase 3; of 24 epochs), mean of their logits",
-    "two_refined": "that mean, refined by what ships",
+    "two_refined": "that mean, refined by that SAM",
     "three": "three coarse networks (and one that sees 320 px), mean of their logits",
-    "three_refined": "that mean, refined by what ships",
+    "three_refined": "that mean, refined by that SAM",
+    "pair_coarse": "two coarse networks (after Phase 3; the one of 320 px), both on 224 px, mean of their logits",
+    "pair": "that mean, refined by that SAM (**what ships**)",
 }
 VIEWS = {
-    "coarse": "coarse network of the pair that ships",
+    "coarse": "one coarse network, after Phase 3",
     "coarse_tta": "the same with `tta=flips`",
-    "encoder": "the pair that ships, refined",
+    "encoder": "refined by SAM after Phase 2 with the encoder's last stage",
     "encoder_tta": "the same with `tta=flips`",
     "two": "two coarse networks, as above",
-    "two_refined": "that mean, refined by what ships",
+    "two_refined": "that mean, refined by that SAM",
     "three": "three coarse networks, as above",
-    "three_refined": "that mean, refined by what ships",
+    "three_refined": "that mean, refined by that SAM",
+    "pair_coarse": "the two that ship, on 224 px",
+    "pair": "that mean, refined by that SAM (**what ships**)",
 }
 """Of the validation cases."""
 TUNED = {
-    "coarse": "coarse network of the pair that ships, as it is",
-    "refined": "the pair that ships, as it is",
+    "coarse": "one coarse network, as it ships",
+    "refined": "refined by the SAM that ships, as it is",
     "shipped_coarse": "coarse network, trained from the pair that ships",
     "shipped_refined": "that pair, refined",
     "fresh_coarse": "coarse network, trained from ImageNet's weights",
     "fresh_refined": "that pair, trained from LiteMedSAM, refined",
 }
 """Of a few images of another data set, in five folds."""
-SHIPPED = "encoder"
+SHIPPED, ITS_COARSE = "pair", "pair_coarse"
 WORST, EXTENT = 100, 0.1
 """So many validation cases are looked at; so much recall and precision differ where a mask has the wrong extent."""
 Rows = list[dict[str, Any]]
@@ -88,7 +93,7 @@ def method_table(rows: Rows, titles: dict[str, str] = METHODS) -> str:
 
 
 def group_table(rows: Rows) -> str:
-    """The shipped masks against the coarse ones, by class, by size of the lesion and by device."""
+    """The shipped masks against those of Phase 1, by class, by size of the lesion and by device."""
     sizes = np.array([number(row["lesion_px"]) for row in rows])
     small, large = np.quantile(sizes, (1 / 3, 2 / 3))
     groups = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
@@ -98,13 +103,13 @@ def group_table(rows: Rows) -> str:
         "largest third": [r for r, size in zip(rows, sizes, strict=True) if size > large],
     }
     groups |= {name: [row for row in rows if row["device"] == name] for name in sorted({r["device"] for r in rows})}
-    return _groups(groups)
+    return _groups(groups, "coarse")
 
 
 def kind(row: dict[str, Any]) -> str:
     """What is wrong with a coarse mask, as far as numbers tell."""
-    precision, recall = number(row["coarse_precision"]), number(row["coarse_recall"])
-    if number(row["coarse_false"]) > 0:
+    precision, recall = (number(row[f"{ITS_COARSE}_{what}"]) for what in ("precision", "recall"))
+    if number(row[f"{ITS_COARSE}_false"]) > 0:
         return "a second part, beside the lesion"
     if recall - precision > EXTENT:
         return "too large"
@@ -113,17 +118,18 @@ def kind(row: dict[str, Any]) -> str:
 
 def kind_table(rows: Rows) -> str:
     """The worst coarse masks by what is wrong with them, and all others."""
-    ranked = sorted(rows, key=lambda row: number(row["coarse_dice"]))
+    ranked = sorted(rows, key=lambda row: number(row[f"{ITS_COARSE}_dice"]))
     worst = ranked[:WORST]
     groups = {name: [row for row in worst if kind(row) == name] for name in sorted({kind(row) for row in worst})}
     groups = dict(sorted(groups.items(), key=lambda one: -len(one[1])))
-    return _groups(groups | {f"the {WORST} worst": worst, f"the other {len(ranked) - WORST}": ranked[WORST:]})
+    groups |= {f"the {WORST} worst": worst, f"the other {len(ranked) - WORST}": ranked[WORST:]}
+    return _groups(groups, ITS_COARSE)
 
 
-def _groups(groups: dict[str, Rows]) -> str:
+def _groups(groups: dict[str, Rows], coarse: str) -> str:
     found = []
     for name, some in groups.items():
-        before, after = (statistics.values(some, f"{which}_dice") for which in ("coarse", SHIPPED))
+        before, after = (statistics.values(some, f"{which}_dice") for which in (coarse, SHIPPED))
         change = statistics.paired(before, after)
         found.append(
             {
