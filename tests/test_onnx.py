@@ -25,18 +25,23 @@ pytest.importorskip("onnxruntime")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("onnx")]  # graphs are made once
 
 
+OTHERS = ("roi=off model.frame=stretch gate=learned",)  # `pair` has the defaults
+
+
 @pytest.fixture(scope="module")
-def pair(finished_runs, tmp_path_factory):
-    """A folder with both kinds of graph."""
+def graphs(finished_runs, tmp_path_factory):
+    """A folder with a pair as both kinds of graph, and the graphs of other pipelines."""
     run = next(path.parent for path in finished_runs.glob("phantom/tiny/e2e*/*/summary.json"))
-    folder = tmp_path_factory.mktemp("graphs") / "pair"
-    export_as_a_command(f"checkpoint={run}", f"output={folder}", "format=[int8,export]")
+    folder = tmp_path_factory.mktemp("graphs")
+    program = [sys.executable, str(Path(__file__).with_name("traced.py")), str(run), str(folder), *OTHERS]
+    subprocess.run(program, check=True, capture_output=True)
     return folder
 
 
-def export_as_a_command(*arguments):
-    """In a process of its own, without the checks of types that the tests install: no graph can hold them."""
-    subprocess.run([sys.executable, "-m", "ultrarefiner.export", *arguments], check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def pair(graphs):
+    """What the command makes of a run."""
+    return graphs / "pair"
 
 
 IMAGES = [texture(1, 70, 50), texture(2, 48, 60), texture(3, 90, 120)]
@@ -121,23 +126,12 @@ def test_the_example_of_the_card_runs_without_torch(pair, tmp_path):
     assert with_onnx(card, ["model.onnx"]) == card and with_onnx("x", []) == "x"
 
 
-OTHERS = ("roi=off model.frame=stretch gate=learned",)  # `pair` has the defaults
-
-
-@pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """A folder with graphs of other pipelines, and what was said of one that cannot be a graph."""
-    folder = tmp_path_factory.mktemp("others")
-    program = [sys.executable, str(Path(__file__).with_name("traced.py")), str(folder), *OTHERS]
-    return folder, subprocess.run(program, check=True, capture_output=True, text=True).stdout.strip()
-
-
 @pytest.mark.parametrize("number", range(len(OTHERS)))
-def test_other_pipelines_are_written_too(others, number):
+def test_other_pipelines_are_written_too(graphs, number):
     import onnxruntime
 
-    content = files.load(others[0] / f"{number}.pt")
-    session = onnxruntime.InferenceSession(others[0] / f"{number}.onnx", providers=["CPUExecutionProvider"])
+    content = files.load(graphs / f"{number}.pt")
+    session = onnxruntime.InferenceSession(graphs / f"{number}.onnx", providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     arrays = {name: value.numpy() for name, value in zip(graph.INPUTS, content["inputs"], strict=True) if name in names}
     refined, box = session.run(["refined", "box"], arrays)
@@ -145,9 +139,10 @@ def test_other_pipelines_are_written_too(others, number):
     assert np.abs(box - content["box"].numpy()).max() < 1e-3
 
 
-def test_what_cannot_be_a_graph_says_so(others):
-    assert others[1].startswith("the networks (Odd, tiny) cannot be written as one graph")
-    assert len(others[1].splitlines()) == 1
+def test_what_cannot_be_a_graph_says_so(graphs):
+    said = (graphs / "refused").read_text()
+    assert said.startswith("the networks (Odd, tiny) cannot be written as one graph")
+    assert len(said.splitlines()) == 1
     cascade = build_cascade(compose(), ("coarse", "sam"), {})
     cascade.coarse = None
     with pytest.raises(UserError, match="need a coarse network and a refiner"):
@@ -188,7 +183,9 @@ def test_without_the_packages_a_sentence_says_what_to_install(pair, tmp_path, mo
 
 @pytest.mark.slow
 def test_the_shipped_pair_as_a_graph(tmp_path):
-    export_as_a_command("checkpoint=shipped", f"output={tmp_path}/pair", "format=[onnx]")
+    # In a process of its own, without the checks of types that the tests install: no graph can hold them.
+    given = ["checkpoint=shipped", f"output={tmp_path}/pair", "format=[onnx]"]
+    subprocess.run([sys.executable, "-m", "ultrarefiner.export", *given], check=True, capture_output=True)
     image = sorted((Path(__file__).parents[1] / "examples" / "images").glob("*.png"))[0]
     one = Segmenter.load(device="cpu", precision="32-true")(image)
     other = Segmenter.load(tmp_path / "pair", backend="onnx")(image)

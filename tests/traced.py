@@ -1,7 +1,9 @@
 """Writes pipelines as graphs, in a process without the checks of types that the tests install: no graph can hold them.
 
-python traced.py FOLDER OPTIONS …     each of OPTIONS, such as "roi=on gate=learned", as FOLDER/0.onnx, 1.onnx, …,
-                                      with FOLDER/0.pt, …: the inputs and what the networks make of them
+python traced.py RUN FOLDER OPTIONS …   a run as FOLDER/pair, by the command ultrarefiner.export;
+                                        each of OPTIONS, such as "roi=on gate=learned", as FOLDER/0.onnx, 1.onnx, …,
+                                        with FOLDER/0.pt, …: the inputs and what the networks make of them;
+                                        FOLDER/refused: what is said of a network that cannot be a graph
 """
 
 import sys
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-from ultrarefiner import cli, config
+from ultrarefiner import cli, config, export
 from ultrarefiner.errors import UserError
 from ultrarefiner.models import graph
 from ultrarefiner.runs.build import build_cascade
@@ -23,7 +26,10 @@ class Odd(torch.nn.Module):
         return image.repeat(1, 2, 1, 1) * (1 if image.sum().item() > 3 else 2)
 
 
-def main(folder: Path, *every: str) -> None:
+def main(run: Path, folder: Path, *every: str) -> None:
+    sys.argv[1:] = [f"checkpoint={run}", f"output={folder}/pair", "format=[int8,export]"]
+    export.main()
+    GlobalHydra.instance().clear()
     config.register()
     with initialize_config_dir(str(cli.HOME / "conf"), version_base="1.3"):
         composed = [compose("train", options.split()) for options in every]
@@ -39,8 +45,8 @@ def main(folder: Path, *every: str) -> None:
     try:
         graph.trace(cascade, *sizes)
     except UserError as error:
-        print(error)
+        (folder / "refused").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
