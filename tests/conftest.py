@@ -6,6 +6,7 @@ import type_checks
 type_checks.install()
 
 import contextlib
+import copy
 import gc
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data_layouts import SHARED
 from ultrarefiner import cli, config, settings, train
@@ -128,6 +129,25 @@ def phantoms_are_drawn_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phantom.Phantoms, "read", read)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configuration_files_are_parsed_once() -> Iterator[None]:
+    """Each command puts some twenty of them together; a file with another content is parsed anew."""
+    parse, parsed = OmegaConf.load, {}
+
+    def load(file: Any) -> Any:
+        if not hasattr(file, "seek"):
+            return parse(file)
+        text = file.read()
+        if text not in parsed:
+            file.seek(0)
+            parsed[text] = parse(file)
+        return copy.deepcopy(parsed[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load)
         yield
 
 
