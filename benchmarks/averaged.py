@@ -2,7 +2,7 @@
 
     python benchmarks/averaged.py RUN [RUN ...] --data-root ~/BUSBRA [--part val] [--fold 0] [--output averaged.csv]
 
-The first network is that of the pair that ships, the others are those of the runs. Their logits are averaged; the mean
+The first network is the first of the pair that ships, the others are those of the runs. Their logits are averaged; the mean
 of the first two, three, ... networks is measured as it is, and redrawn by the SAM of the pair that ships.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     pair = Segmenter.load("shipped", "cpu", safety=Safety.none())
     bare = copy.deepcopy(pair.cascade)
-    bare.refiner = None
+    bare.refiner, bare.coarse = None, bare.coarse.members[0]
     networks = [Segmenter(bare, pair.image_size, pair.coarse_size, "cpu")]
     networks += [Segmenter.load(run, "cpu") for run in args.runs]
     reader = BusBra(args.data_root.expanduser())
