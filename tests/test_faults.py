@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,11 @@ import pytest
 from conftest import MICRO
 from data_layouts import write_folder, write_table
 from faults import FAULTS, train
-from reruns import GROUP, assert_same_run, server
+from reruns import assert_same_run, server
 from ultrarefiner.errors import UserError
 from ultrarefiner.results.tables import read_result
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems, and takes them away"),
-    pytest.mark.xdist_group(GROUP),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems, and takes them away")
 MOMENTS, PHASE = os.environ.get("ULTRAREFINER_FAULTS", "1 coarse").split()
 SETTINGS = [
     *(text for text in MICRO if "reader" not in text),
@@ -68,7 +66,8 @@ def undisturbed(tmp_path_factory):
     write_table(folder / "data" / "table.csv", ["id", "patient", "label"], rows)
     ended, moments = run(folder, folder / "log")
     assert ended == Ended(0, [])
-    return folder, moments
+    yield folder, moments
+    forkserver._forkserver._stop()
 
 
 def finished(folder: Path) -> set[Path]:
