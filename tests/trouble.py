@@ -14,14 +14,6 @@ FOLDER = "ULTRAREFINER_TEST_TROUBLE"
 `bug`, `mistake` or `kill` at the first sample after the one that is tried before the training, or `slow N`: from the
 Nth sample on each takes a second. A job that SLURM has started again has no trouble any more."""
 TROUBLE = "dataset.augment._target_=trouble.Trouble"
-QUICK = """
-from ultrarefiner import train
-from ultrarefiner.runs import jobs
-jobs.QUEUE_SECONDS = jobs.FILES_SECONDS = 3
-train.main()
-"""
-"""A program like `python -m ultrarefiner.train`: a sweep that has its jobs on this machine, not on a cluster that needs
-its time, and notices within seconds that one was killed."""
 
 
 class Trouble(Augment):

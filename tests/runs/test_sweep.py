@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from conftest import MICRO
-from trouble import QUICK
 from ultrarefiner.results import statistics
 from ultrarefiner.runs import sweep
 
@@ -164,7 +163,7 @@ def test_parallel_jobs_share_their_earlier_phases_and_a_killed_one_leaves_the_ot
     """Two jobs need the same Phases 1 and 2 at the same time; a third is killed from outside."""
     arguments = ["-m", *SHORT, f"output_root={tmp_path}", "hydra/launcher=local", "protection=none,roi_on", "fold=0,1"]
     sweep = subprocess.Popen(
-        [sys.executable, "-c", QUICK, *arguments],
+        [sys.executable, "-m", "ultrarefiner.train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
