@@ -34,12 +34,14 @@ METHODS = {
     "phase3": "after Phase 3, mean of both logits",
     "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits",
     "encoder_tta": "the same, with `tta=flips`",
+    "deep": "Phase 2 a third time, with the encoder's last eight blocks, mean of both logits",
     "two": "two coarse networks (after Phase 3; of 24 epochs), mean of their logits",
-    "two_refined": "that mean, refined by that SAM",
+    "two_refined": "that mean, refined by the SAM of the encoder's last stage",
     "three": "three coarse networks (and one that sees 320 px), mean of their logits",
-    "three_refined": "that mean, refined by that SAM",
+    "three_refined": "that mean, refined by the same SAM",
     "pair_coarse": "two coarse networks (after Phase 3; the one of 320 px), both on 224 px, mean of their logits",
-    "pair": "that mean, refined by that SAM (**what ships**)",
+    "pair_before": "that mean, refined by the same SAM",
+    "pair": "that mean, refined by the SAM of the encoder's last eight blocks (**what ships**)",
 }
 VIEWS = {
     "coarse": "one coarse network, after Phase 3",
@@ -51,7 +53,9 @@ VIEWS = {
     "three": "three coarse networks, as above",
     "three_refined": "that mean, refined by that SAM",
     "pair_coarse": "the two that ship, on 224 px",
-    "pair": "that mean, refined by that SAM (**what ships**)",
+    "pair_before": "that mean, refined by that SAM",
+    "soup": "refined by the mean of the weights of that SAM and the next one",
+    "pair": "refined by the SAM of the encoder's last eight blocks (**what ships**)",
 }
 """Of the validation cases."""
 TUNED = {
