@@ -2,8 +2,8 @@
 
     python benchmarks/averaged.py RUN [RUN ...] --data-root ~/BUSBRA [--part val] [--fold 0] [--output averaged.csv]
 
-The first network is the first of the pair that ships, the others are those of the runs. Their logits are averaged; the mean
-of the first two, three, ... networks is measured as it is, and redrawn by the SAM of the pair that ships.
+The first network is the first of the pair that ships, the others are those of the runs. Their logits are averaged; the
+mean of the first two, three, ... networks is measured as it is, and redrawn by the SAM of the pair that ships.
 """
 
 import argparse
