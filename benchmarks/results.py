@@ -34,7 +34,6 @@ METHODS = {
     "phase3": "after Phase 3, mean of both logits",
     "encoder": "Phase 2 again from there, with the encoder's last stage, mean of both logits",
     "encoder_tta": "the same, with `tta=flips`",
-    "deep": "Phase 2 a third time, with the encoder's last eight blocks, mean of both logits",
     "two": "two coarse networks (after Phase 3; of 24 epochs), mean of their logits",
     "two_refined": "that mean, refined by the SAM of the encoder's last stage",
     "three": "three coarse networks (and one that sees 320 px), mean of their logits",
@@ -60,7 +59,7 @@ VIEWS = {
 """Of the validation cases."""
 TUNED = {
     "coarse": "one coarse network, as it ships",
-    "refined": "refined by the SAM that ships, as it is",
+    "refined": "refined by the SAM of the encoder's last stage, as it is",
     "shipped_coarse": "coarse network, trained from the pair that ships",
     "shipped_refined": "that pair, refined",
     "fresh_coarse": "coarse network, trained from ImageNet's weights",
