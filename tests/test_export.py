@@ -126,12 +126,15 @@ def test_the_coarse_network_of_several_runs_is_the_mean_of_their_logits(finished
     assert "is the mean of 2 networks" in card and "of the first one alone" in card
 
 
-def test_a_mean_has_seen_what_each_of_its_networks_has(finished_runs, packed, averaged, tmp_path):
+def test_a_mean_has_seen_what_each_of_its_networks_has_and_their_licences(finished_runs, packed, averaged, tmp_path):
     shutil.copytree(packed, tmp_path / "other")
     path = tmp_path / "other" / "coarse.safetensors"
     said = read_metadata(path)
-    write_state_dict(read_state_dict(path), path, said | {"seen": json.dumps({"trained": ["strange"], "chosen": []})})
-    pack(packed, tmp_path / "both", coarse=[tmp_path / "other"])
+    strange = {"seen": json.dumps({"trained": ["strange"], "chosen": []}), "licence": "GPL-3.0-only"}
+    write_state_dict(read_state_dict(path), path, said | strange)
+    pack(packed, tmp_path / "both", coarse=[tmp_path / "other", tmp_path / "other"])
+    assert read_metadata(tmp_path / "both" / "coarse.safetensors")["licence"] == "Apache-2.0 AND GPL-3.0-only"
+    assert "3 networks (licence: Apache-2.0 AND GPL-3.0-only)" in (tmp_path / "both" / "README.md").read_text()
     for name in ("coarse", "sam"):
         seen = json.loads(read_metadata(tmp_path / "both" / f"{name}.safetensors")["seen"])["trained"]
         assert set(seen) == {"strange", *json.loads(said["seen"])["trained"]}

@@ -57,13 +57,13 @@ def with_onnx(card: str, files: Sequence[str]) -> str:
     return card.replace(_USE, f"{_USE}\n\n{_WITH_ONNX}") if _USE in card else f"{card}\n{_WITH_ONNX}\n"
 
 
-def averaged(card: str, others: int) -> str:
-    """A card with a word on the networks that were averaged with the coarse one: its figures are of that alone."""
+def averaged(card: str, networks: int, licence: str) -> str:
+    """A card with a word on the coarse networks that were averaged: its figures are of the first alone."""
     more = (
-        f"The coarse network here is the mean of {others + 1} networks. The figures are of the first one alone: "
-        "measure the mean with `python -m ultrarefiner.evaluate`."
+        f"The coarse network here is the mean of {networks} networks (licence: {one_line(licence)}). The figures are "
+        "of the first one alone: measure the mean with `python -m ultrarefiner.evaluate`."
     )
-    return card.replace("## Figures\n", f"## Figures\n\n{more}\n") if others else card
+    return card.replace("## Figures\n", f"## Figures\n\n{more}\n")
 
 
 LIMITS = """\
@@ -73,13 +73,13 @@ show a lesion: what it draws on an image without one means nothing. Contours tha
 shadows and at faint margins above all; look at every mask."""
 
 
-def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[str, str]) -> str:
+def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[str, Mapping[str, str]]) -> str:
     """The card as Markdown, with the front matter that model hubs read.
 
     Args:
         summary: of the run (summary.json).
         files: that lie beside the card.
-        said: the metadata of the weights: their licence, and what they have seen.
+        said: network → the metadata of its weights: their licence, and what they have seen.
     """
     config, data = summary["config"], summary["data"]
     name, dataset = f"{config['model']['name']} ({config['phase']['name']})", data["dataset"]
@@ -89,7 +89,9 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
         | {"classes": ", ".join(f"{count} {label}" for label, count in data[part]["classes"].items())}
         for part in PARTS
     ]
-    seen = json.loads(said["seen"]) if "seen" in said else {}
+    last = said[list(said)[-1]]  # has seen what those before it have
+    seen = json.loads(last["seen"]) if "seen" in last else {}
+    licences = "; ".join(f"{name}: {one_line(words.get('licence', 'unknown'))}" for name, words in said.items())
     unfair = summary.get("seen")
     cite = CITATIONS.get(dataset)
     fair = f"; not a fair test: {unfair['test_cases']} of them had been seen before" if unfair else ""
@@ -109,8 +111,8 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
         "## Intended use and limits",
         LIMITS,
         "## Licences",
-        f"Files: {', '.join(files)}. SAM's weights: {said.get('licence', 'unknown')}; the data: see the data set's own "
-        "licence, which may ask for more than the citation.",
+        f"Files: {', '.join(files)}. Licences of the weights: {licences}. The data: see the data set's own licence, "
+        "which may ask for more than the citation.",
         f"Made by {one_line(summary['title'])}, commit {summary['environment'].get('commit') or 'unknown'}.",
     ]
     return "\n\n".join(paragraphs) + "\n"

@@ -19,6 +19,8 @@ from ultrarefiner.runs.checkpoints import GATE, exported
 from ultrarefiner.settings import COARSE, SAM
 
 CARD = "README.md"
+AND = " AND "
+"""Between two licences that both hold, as SPDX writes it."""
 
 
 def pack(
@@ -68,9 +70,11 @@ def pack(
         card = (run / CARD).read_text(encoding="utf-8") if (run / CARD).is_file() else ""
     else:
         content: dict[str, Any] = read_json(run / "summary.json")
-        card = model_card(content, names, said[list(said)[-1]])
+        card = model_card(content, names, said)
     written.append(output / CARD)
-    write_atomically(written[-1], with_onnx(averaged(card, len(coarse)), names).encode())
+    if coarse:
+        card = averaged(card, len(coarse) + 1, said[COARSE]["licence"])
+    write_atomically(written[-1], with_onnx(card, names).encode())
     return written
 
 
@@ -87,7 +91,7 @@ def _networks(run: Path, key: str) -> dict[str, Path]:
 
 
 def _average(states: dict[str, dict[str, Tensor]], said: dict[str, dict[str, str]], files: list[Path]) -> None:
-    """Put the mean of the coarse networks in the place of the first, and what the others have seen to the rest."""
+    """Put the mean of the coarse networks in the place of the first, and what all have seen and ask for to the rest."""
     every = [states[COARSE], *map(read_state_dict, files)]
     words = [said[COARSE], *map(read_metadata, files)]
     models = [json.loads(word["config"])["model"] for word in words]
@@ -97,6 +101,8 @@ def _average(states: dict[str, dict[str, Tensor]], said: dict[str, dict[str, str
         "sizes": [model["coarse_size"] for model in models],
     }
     seen = [Seen.of_lists(json.loads(word["seen"])) for word in (*words, *said.values())]
+    licences = {one for word in words for one in word["licence"].split(AND)}
+    said[COARSE]["licence"] = AND.join(sorted(licences))
     states[COARSE] = {f"members.{n}.{name}": value for n, one in enumerate(every) for name, value in one.items()}
     for word in said.values():
         config = json.loads(word["config"])
