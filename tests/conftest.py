@@ -38,9 +38,10 @@ from ultrarefiner.data import phantom
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; threads would only wait for each other
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Pytest's workers and what they start share the cores, where threads would only wait for each other. And a process that
+# has used threads cannot be forked: they would be missing, and waited for (`reruns.server`).
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 gc.freeze()  # a tenth of the time went into looking through what was imported again and again
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,14 @@ import pytest
 from conftest import MICRO
 from data_layouts import write_folder, write_table
 from faults import FAULTS, train
-from reruns import assert_same_run, server
+from reruns import GROUP, assert_same_run, server
 from ultrarefiner.errors import UserError
 from ultrarefiner.results.tables import read_result
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems, and takes them away")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="mounts file systems, and takes them away"),
+    pytest.mark.xdist_group(GROUP),
+]
 MOMENTS, PHASE = os.environ.get("ULTRAREFINER_FAULTS", "1 coarse").split()
 SETTINGS = [
     *(text for text in MICRO if "reader" not in text),
@@ -66,8 +68,7 @@ def undisturbed(tmp_path_factory):
     write_table(folder / "data" / "table.csv", ["id", "patient", "label"], rows)
     ended, moments = run(folder, folder / "log")
     assert ended == Ended(0, [])
-    yield folder, moments
-    forkserver._forkserver._stop()
+    return folder, moments
 
 
 def finished(folder: Path) -> set[Path]:

@@ -20,6 +20,7 @@ from PIL import Image
 from conftest import Finished
 from data_layouts import disc, save, texture
 from dicom_files import ultrasound_region, write_dicom
+from reruns import GROUP, Command
 from ultrarefiner import cli, files, predict
 from ultrarefiner.files import read_csv
 from ultrarefiner.results import prediction
@@ -346,17 +347,16 @@ def test_a_path_may_hold_what_hydra_gives_a_meaning(predicted, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(GROUP)
 def test_killed_at_any_moment_it_ends_with_the_same_files(tmp_path, pair):
     scans = tmp_path / "scans"
     for number in range(40):
         save(scans / f"{number}.png", texture(number, 120, 100))
     (scans / "bad.png").write_text("x")
-    command = [sys.executable, "-m", "ultrarefiner.predict", f"images={scans}", f"checkpoint={pair}", "batch_size=2"]
+    arguments = [f"images={scans}", f"checkpoint={pair}", "batch_size=2"]
 
-    def start(output: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, f"output={tmp_path / output}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    def start(output: str) -> Command:
+        return Command("ultrarefiner.predict", *arguments, f"output={tmp_path / output}")
 
     assert start("whole").wait() == 1
 

@@ -15,6 +15,7 @@ import pytest
 
 from conftest import Finished, compose
 from data_layouts import write_busbra, write_busi, write_folder
+from reruns import GROUP, Command
 from ultrarefiner import cli, simulate
 from ultrarefiner.data.failures.files import file_name
 from ultrarefiner.errors import UserError
@@ -130,19 +131,19 @@ def test_an_interrupted_set_leaves_nothing(simulated, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(GROUP)
 def test_a_killed_set_is_made_again(tmp_path):
     """SIGKILL in the middle: nothing under the set's name, and the same command makes it."""
     root, out = write_folder(tmp_path / "data", 30), tmp_path / "set" / "masks"
-    command = [sys.executable, "-m", "ultrarefiner.simulate", *SMALL, "dataset=folder", f"data_root={root}"]
-    command += [f"output_root={tmp_path}/out", f"output={out}"]
-    process = subprocess.Popen([*command, "samples=100000"])
+    arguments = [*SMALL, "dataset=folder", f"data_root={root}", f"output_root={tmp_path}/out", f"output={out}"]
+    process = Command("ultrarefiner.simulate", *arguments, "samples=100000")
     while not list(tmp_path.glob("set/.masks-*/000020-*")):
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    subprocess.run([*command, "samples=30"], check=True)
+    subprocess.run([sys.executable, "-m", "ultrarefiner.simulate", *arguments, "samples=30"], check=True)
     assert len(table(out)) == 30
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from conftest import MICRO, compose
+from reruns import GROUP, Command
 from ultrarefiner import cli, train
 
 
@@ -205,26 +207,19 @@ def test_a_sweep_runs_every_combination_and_a_failing_job_leaves_the_others(comm
     assert len(list(root.glob("phantom/tiny/coarse/fold*/summary.json"))) == 2
 
 
+@pytest.mark.xdist_group(GROUP)
 def test_a_run_can_be_killed_and_continues(tmp_path):
     """SIGKILL in the middle of Phase 3, then the same command again."""
-    command = [
-        sys.executable,
-        "-m",
-        "ultrarefiner.train",
-        *MICRO,
-        f"output_root={tmp_path}",
-        "model.schedule.e2e.epochs=3",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("e2e  epoch 1/3"):
-            process.kill()
-            break
-    process.wait()
+    arguments = [*MICRO, f"output_root={tmp_path}", "model.schedule.e2e.epochs=3"]
+    with Command("ultrarefiner.train", *arguments) as process:
+        while process.poll() is None and "\ne2e  epoch 1/3" not in process.said("out"):
+            time.sleep(0.05)
+        process.kill()
     assert not list(tmp_path.glob("phantom/tiny/e2e*/*/summary.json"))
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ultrarefiner.train", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "epoch 3/3" in done.stdout and "coarse  epoch" not in done.stdout and "sam  epoch" not in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert "exists already" in again.stdout and "epoch" not in again.stdout
-    assert "refined (Phase 2)" in again.stdout and "refined" in again.stdout
+    with Command("ultrarefiner.train", *arguments) as process:
+        said, _ = process.communicate(timeout=120)
+    assert "exists already" in said and "epoch" not in said
+    assert "refined (Phase 2)" in said and "refined" in said

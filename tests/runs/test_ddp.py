@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from conftest import MICRO
+from reruns import GROUP, Command
 from trouble import FOLDER, TROUBLE
 from ultrarefiner import files
 from ultrarefiner.runs import checkpoints
 
-pytestmark = pytest.mark.xdist_group("ddp")  # on one worker, so that `one` and `two` are trained once
+pytestmark = pytest.mark.xdist_group(GROUP)  # on one worker, so that `one` and `two` are trained once
 
 # So many steps that the coarse network finds something. Nine cases for validation in batches of four: at the end one
 # of two processes has a batch more than the other.
@@ -36,16 +37,21 @@ STEEP = ["phase.optimizer={_target_: torch.optim.SGD}", "phase.coarse_lr=1", "ph
 ENDS_SECONDS = 40
 
 
-def start(root: Path, *arguments: str, trouble: Path | None = None, by: tuple[str, ...] = ()) -> subprocess.Popen:
-    """A training as a process group of its own."""
+def start(
+    root: Path, *arguments: str, trouble: Path | None = None, by: tuple[str, ...] | None = None
+) -> Command | subprocess.Popen:
+    """A training in a process of its own: a fork, or a new interpreter, by a launcher where one is named."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), FOLDER: str(trouble)}
-    command = [sys.executable, *by, "-m", "ultrarefiner.train", *SMALL, f"output_root={root}", *arguments]
+    given = [*SMALL, f"output_root={root}", *arguments]
+    if by is None:
+        return Command("ultrarefiner.train", *given, environment=environment)
+    command = [sys.executable, *by, "-m", "ultrarefiner.train", *given]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def train(root: Path, *arguments: str, trouble: Path | None = None, by: tuple[str, ...] = ()) -> tuple[int, str, str]:
+def train(root: Path, *arguments: str, **how) -> tuple[int, str, str]:
     """Status, output and errors of a training."""
-    with start(root, *arguments, trouble=trouble, by=by) as process:
+    with start(root, *arguments, **how) as process:
         try:
             out, err = process.communicate(timeout=280)
         finally:
@@ -94,9 +100,9 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """The same in two processes."""
+    """The same in two processes, started as a user starts them."""
     root = tmp_path_factory.mktemp("two")
-    trained(root, "protection.freeze_epochs=1", "trainer=ddp")
+    trained(root, "protection.freeze_epochs=1", "trainer=ddp", by=())
     return root
 
 
@@ -220,13 +226,16 @@ def test_ended_from_outside_the_others_end_and_the_same_command_continues(two, t
     arguments = ["phase=coarse", TROUBLE]
     (tmp_path / "job0-process0").write_text("slow 20")
     root = tmp_path / "out"
-    process = start(root, *arguments, "trainer=ddp", trouble=tmp_path)
-    while not list(root.rglob(checkpoints.LAST)):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    assert helpers(root)
-    process.send_signal(number)
-    process.communicate(timeout=ENDS_SECONDS)
+    with start(root, *arguments, "trainer=ddp", trouble=tmp_path) as process:
+        try:
+            while not list(root.rglob(checkpoints.LAST)):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.1)
+            assert helpers(root)
+            process.send_signal(number)
+            process.communicate(timeout=ENDS_SECONDS)
+        finally:
+            process.kill()
     assert process.returncode == status
     until = time.monotonic() + ENDS_SECONDS
     while helpers(root) and time.monotonic() < until:

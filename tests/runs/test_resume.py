@@ -7,34 +7,28 @@ import shutil
 import signal
 import time
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import compose
-from reruns import assert_same_run, server
+from reruns import GROUP, Command, assert_same_run, server
 from ultrarefiner import files
+
+pytestmark = pytest.mark.xdist_group(GROUP)
 
 KILLS = 10
 KILLS_A_RUN = 4
 SETTINGS = [
     "dataset.reader.cases=12",
-    "model.schedule.coarse.epochs=6",
-    "model.schedule.sam.epochs=4",
-    "model.schedule.e2e.epochs=4",
+    "model.schedule.coarse.epochs=4",
+    "model.schedule.sam.epochs=3",
+    "model.schedule.e2e.epochs=3",
     *(f"model.schedule.{phase}.batch_size=2" for phase in ("coarse", "sam", "e2e")),
     "protection.freeze_epochs=1",
     "protection.guard=0.01",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server():
-    """It ends with the tests that need it."""
-    yield
-    forkserver._forkserver._stop()
 
 
 def train(arguments: list[str]) -> None:
@@ -161,19 +155,22 @@ def test_a_signal_saves_the_step_it_fell_into(tmp_path, moment, steps, options):
     assert_same_result(root, tmp_path / "whole", "coarse")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number):
-    """With a sentence instead of a stack trace."""
+@pytest.mark.parametrize(("number", "anew"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_asked_to_end_it_ends_within_seconds_and_goes_on_later(tmp_path, number, anew):
+    """With a sentence instead of a stack trace; in an interpreter that was started anew, and in a fork of ours."""
     import subprocess
     import sys
 
     from conftest import MICRO
 
-    command = [sys.executable, "-m", "ultrarefiner.train", *MICRO, "phase=coarse", f"output_root={tmp_path}"]
-    command += ["phase.epochs=200"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen(command, text=True, preexec_fn=heard, **pipes)
+    arguments = [*MICRO, "phase=coarse", f"output_root={tmp_path}", "phase.epochs=200"]
+    if anew:
+        command = [sys.executable, "-m", "ultrarefiner.train", *arguments]
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running = subprocess.Popen(command, text=True, preexec_fn=heard, **pipes)
+    else:
+        running = Command("ultrarefiner.train", *arguments)
     last = "phantom/tiny/coarse*/*/checkpoints/last.ckpt"
     until = time.monotonic() + 120
     try:
