@@ -163,10 +163,8 @@ class ProtectionConfig:
     """What keeps Phase 3 from harming the coarse network (seed: "TransUNet Protection Options")."""
 
     name: str = MISSING
-    coarse_loss_weight: float = setting(0.5, at_least=0)
-    """λc."""
-    refined_loss_weight: float = setting(0.5, at_least=0)
-    """λr."""
+    coarse_loss_weight: float = setting(0.5, at_least=0)  # λc
+    refined_loss_weight: float = setting(0.5, at_least=0)  # λr
     grad_scale: float = setting(1.0, at_least=0)
     """Factor on the gradient that the refiner sends to the coarse network; 0 cuts it."""
     weight_reg: float = setting(0.0, at_least=0)
@@ -246,6 +244,8 @@ class SamPhaseConfig(PhaseConfig):
     validation and test cases take a real one as well: they then choose and measure what Phase 3 starts from."""
     parts: int = setting(4, argument=False, at_least=2)
     """Into how many parts the training cases are cut for that: so many networks are trained as in Phase 1."""
+    early_epochs: int | None = setting(None, argument=False, at_least=1)
+    """Let these networks see all training cases, but stop them after so many epochs; Phase 1's predicts the others."""
     coarse: Any = setting(None, argument=False)  # how they are trained; null where none is needed
 
 

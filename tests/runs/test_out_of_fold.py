@@ -1,6 +1,7 @@
 """Real predictions in Phase 2: leak-free, reused, and part of a result's identity only where they are used."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +155,49 @@ def test_phase_two_learns_from_out_of_fold_predictions(fitted):
     assert isinstance(softness, Softness) and softness != Softness()
     assert all(np.isfinite(value).all() for value in vars(softness).values())
     assert len(softness.background) > 5 and data.simulator.bins != FailureSimulator().bins
+
+
+@pytest.mark.slow
+def test_networks_that_were_stopped_early_predict_the_cases_they_were_trained_on(tmp_path, capsys):
+    """Each all of them; Phase 1's own network, which Phase 3 starts from too, predicts those of validation and test."""
+    given = ["phase.sam.real_ratio=1", "phase.sam.early_epochs=1", "phase.sam.parts=2", "dataset.reader.cases=30"]
+    runs = plan(compose(*given, f"output_root={tmp_path}"))
+    names = [(one.cfg.phase.name, one.cfg.seed, one.cfg.phase.epochs) for one in runs]
+    assert names == [("coarse", 0, 2), ("coarse", 1, 1), ("coarse", 2, 1), ("sam", 0, 1), ("e2e", 0, 2)]
+    sam = runs[3]
+    assert [one.directory for one in sam.predictors] == [one.directory for one in runs[:3]]
+    for predictor in runs[:3]:
+        training.train(predictor, start.prepare(predictor), Deadline(None))
+    out_of_fold.add_predictions(sam)
+    assert not any(map(sam.unpredicted, sam.predictors))
+    assert re.search(
+        r"stopped early, training cases: 0\.\d+; Phase 1, validation cases: 0\.\d+\n", capsys.readouterr().out
+    )
+    split = sam.data.split
+    assert len(list(sam.predictions.folder.iterdir())) == 2 * len(split.train) + len(split.val) + len(split.test)
+    for predictor, part, version in (
+        (runs[0], "val", 0),
+        (runs[0], "test", 0),
+        (runs[1], "train", 0),
+        (runs[2], "train", 1),
+    ):
+        network = out_of_fold.build_phase(predictor.cfg, CoarsePhase, {})
+        network.load_state_dict(files.load(predictor.directory / "checkpoints" / "best.ckpt")["state_dict"])
+        network.eval()
+        items = predictor.data.dataset(part)
+        for index, case in enumerate(split.part(part)):
+            with torch.inference_mode():
+                prob = network.masks({"coarse_image": items[index]["coarse_image"][None]})["coarse"].sigmoid()[0, 0]
+            np.testing.assert_allclose(sam.predictions.load(case, len(prob), version), prob, atol=5e-3)
+    # An epoch shows some cases with the one mask and some with the other; the next one others.
+    items, drawn = sam.data.dataset("train"), []
+    for epoch in (0, 1):
+        drawn.append([])
+        for index, case in enumerate(split.train):
+            shown = items[epoch, index]["prob"][0].numpy()
+            both = [sam.predictions.load(case, len(shown), version) for version in (0, 1)]
+            drawn[-1].append([np.array_equal(shown, one) for one in both].index(True))
+    assert drawn[0] != drawn[1] and all(0 < sum(one) < len(one) for one in drawn)
 
 
 def looks(pairs) -> dict[str, np.ndarray]:

@@ -204,7 +204,7 @@ class DataModule(pl.LightningDataModule):
         """The items of "train", "val", "test" or "held"."""
         predictions, several, crops = self.predictions, self.masks_per_image, self.crops
         if part != "train":
-            predictions, several, crops = predictions and replace(predictions, ratio=1.0), 1, None
+            predictions, several, crops = predictions and replace(predictions, ratio=1.0, versions=1), 1, None
         cases = self.split.part(part)  # it also finds the masks
         files = (self.masks, part) if self.masks is not None and part in self.masks.parts else None
         return Cases(

@@ -116,8 +116,9 @@ class Cases(Dataset[dict[str, Any]]):
     ) -> Float[np.ndarray, "C C"]:
         """A prediction for the (changed) mask: a real one or one from a file, changed alike, or a simulated one."""
         # [seed, 1]: the simulator's own stream starts from the seed, and its first number chooses the kind of failure
-        if self.predictions is not None and np.random.default_rng([seed, 1]).random() < self.predictions.ratio:
-            given = self.predictions.load(case, mask.shape[0])
+        chance = np.random.default_rng([seed, 1])
+        if self.predictions is not None and chance.random() < self.predictions.ratio:
+            given = self.predictions.load(case, mask.shape[0], int(chance.integers(self.predictions.versions)))
         elif self.files is not None:
             files, part = self.files
             given = files.draw(case, part, seed, mask.shape[0])

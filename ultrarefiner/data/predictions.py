@@ -1,6 +1,6 @@
 """Real predictions of a coarse network on disk, one file a case, to be mixed in among the simulated ones.
 
-They have to be out-of-fold: made by a network that was not trained on the case.
+They have to be as bad as those of new cases: made by a network that was not trained on the case, or not for long.
 """
 
 import hashlib
@@ -23,35 +23,38 @@ class Predictions:
     Attributes:
         folder: where they lie.
         ratio: share of the samples that take the real prediction, in [0, 1].
+        versions: how many there are of a case.
     """
 
     folder: Path
     ratio: float = 1.0
+    versions: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise UserError(f"real_ratio={self.ratio} is no share: give 0 … 1.")
 
-    def path(self, case: Case) -> Path:
+    def path(self, case: Case, version: int = 0) -> Path:
         """The file of a case; its name is safe whatever the id holds."""
-        return Path(self.folder) / f"{hashlib.sha256(repr(case.key).encode()).hexdigest()[:24]}.npy"
+        name = hashlib.sha256(repr(case.key).encode()).hexdigest()[:24]
+        return Path(self.folder) / (f"{name}-{version}.npy" if version else f"{name}.npy")
 
-    def save(self, case: Case, logit: Float[np.ndarray, "C C"]) -> None:
+    def save(self, case: Case, logit: Float[np.ndarray, "C C"], version: int = 0) -> None:
         """Write a prediction given as logits: half precision keeps them where a probability is all but 0 or 1."""
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        path = self.path(case)
+        path = self.path(case, version)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.save(file, np.clip(logit, -_LARGEST, _LARGEST).astype(np.float16))
         partial.replace(path)
 
-    def load(self, case: Case, size: int) -> Float32[np.ndarray, "C C"]:
+    def load(self, case: Case, size: int, version: int = 0) -> Float32[np.ndarray, "C C"]:
         """The probability map of a case.
 
         Raises:
             UserError: there is none, or it has another size.
         """
-        path = self.path(case)
+        path = self.path(case, version)
         try:
             logit = np.load(path).astype(np.float32)
         except (OSError, ValueError, EOFError) as error:

@@ -8,6 +8,7 @@ and its directory. What then happens is a loop over that list (`runs.experiment`
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Run:
         settings: what defines its result.
         directory: where it lies.
         earlier: the runs whose best weights it starts from, by what they trained ("coarse", "sam").
-        predictors: networks that were trained without one part of its training cases each, and predict that one.
+        predictors: networks that were trained without one part of its training cases each, and predict that one; or
+            that were stopped early and predict all, after Phase 1's, which predicts the other cases.
     """
 
     cfg: DictConfig
@@ -84,19 +86,29 @@ class Run:
 
     @property
     def predictions(self) -> Predictions:
-        """The predictors' predictions of its training cases."""
-        return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio)
+        """The predictors' predictions: one of a case, or one of each network that was stopped early."""
+        versions = self.cfg.phase.parts if self.cfg.phase.early_epochs else 1
+        return Predictions(self.directory / "predictions", self.cfg.phase.real_ratio, versions)
+
+    def version(self, predictor: "Run") -> int:
+        """Which of the predictions of a case is this predictor's."""
+        place = [one.directory for one in self.predictors].index(predictor.directory)
+        return max(0, place - 1) if self.cfg.phase.early_epochs else 0
 
     def unpredicted(self, predictor: "Run") -> dict[str, list[int]]:
         """The cases that a predictor has not predicted yet: the parts they are of, and their positions there.
 
-        Each one predicts what was held out of its training; the first one also the cases that none was trained on.
+        Each one predicts what was held out of its training, or, stopped early, what it was trained on; the first one
+        (then Phase 1's) also the cases that none was trained on.
         """
-        unknown = PARTS[1:] if predictor is self.predictors[0] and self.cfg.phase.real_ratio > 0 else ()
-        missing = {}
-        for part in (HELD, *unknown):
-            cases = predictor.data.split.part(part)
-            missing[part] = [i for i, case in enumerate(cases) if not self.predictions.path(case).is_file()]
+        first, early = predictor is self.predictors[0], bool(self.cfg.phase.early_epochs)
+        parts = [] if first and early else [PARTS[0] if early else HELD]
+        parts += PARTS[1:] if first and self.cfg.phase.real_ratio > 0 else ()
+        path = partial(self.predictions.path, version=self.version(predictor))
+        missing = {
+            part: [i for i, case in enumerate(predictor.data.split.part(part)) if not path(case).is_file()]
+            for part in parts
+        }
         return {part: positions for part, positions in missing.items() if positions}
 
 
@@ -157,11 +169,11 @@ def _add(cfg: DictConfig, store: Store, found: dict[Path, Run]) -> Run:
     directory = run_directory(cfg, settings)
     if directory not in found:
         before = [(name, earlier_phase(cfg, name)) for name in _starts(cfg.phase)]
-        without = list(_parts(cfg)) if predicted else []
-        for other in (*(phase for _, phase in before), *without):
+        predicting = list(_predictors(cfg)) if predicted else []
+        for other in (*(phase for _, phase in before), *predicting):
             other.trainer.precision = asked  # the fastest for this phase need not be theirs
         earlier = {name: _add(phase, store, found) for name, phase in before}
-        predictors = tuple(_add(part, store, found) for part in without)
+        predictors = tuple(_add(part, store, found) for part in predicting)
         found[directory] = Run(cfg, kind, data, settings, directory, earlier, predictors)
     return found[directory]
 
@@ -202,12 +214,18 @@ def _starts(phase: DictConfig) -> Iterator[str]:
     yield from (name for name in (COARSE, SAM) if phase.get(f"{name}_checkpoint", "") is None)
 
 
-def _parts(cfg: DictConfig) -> Iterator[DictConfig]:
-    """Phase 1 without each of the parts of the training cases."""
+def _predictors(cfg: DictConfig) -> Iterator[DictConfig]:
+    """Phase 1 without each of the parts of the training cases; or as it is, and of other seeds but stopped early."""
+    early = cfg.phase.early_epochs
+    if early:
+        yield earlier_phase(cfg, COARSE)
     for part in range(cfg.phase.parts):
         earlier = earlier_phase(cfg, COARSE)
-        with open_dict(earlier):
-            earlier.dataset.without = [part, cfg.phase.parts]
+        if early:
+            earlier.phase.epochs, earlier.seed = early, cfg.seed + 1 + part
+        else:
+            with open_dict(earlier):
+                earlier.dataset.without = [part, cfg.phase.parts]
         yield earlier
 
 
