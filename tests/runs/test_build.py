@@ -10,8 +10,10 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from conftest import compose
+from data_layouts import write_busbra
 from ultrarefiner import cli, config
-from ultrarefiner.runs import assemble, build
+from ultrarefiner.models.sam_lite import lite_weights
+from ultrarefiner.runs import assemble, build, plan
 from ultrarefiner.runs.plan import earlier_phase
 
 
@@ -27,6 +29,21 @@ def test_every_phase_keeps_to_the_fold(tmp_path):
     assert splits["coarse"] == splits["sam"] == splits["e2e"]
     train, val, test = splits["e2e"].values()
     assert train and val and test and not train & val and not train & test and not val & test
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in cli.CONF.with_name("experiments").glob("*.yaml")))
+def test_every_experiment_that_ships_can_be_planned(name, tmp_path, monkeypatch):
+    """On a folder laid out as BUS-BRA is, with stand-ins for the publishers' files."""
+    root = write_busbra(tmp_path / "data")
+    monkeypatch.setattr(plan, "fetch", lambda of: lite_weights())
+    given = [f"+experiments={name}", f"data_root={root}", f"output_root={tmp_path}"]
+    given += ["dataset=busbra"] if name == "seed" else []
+    runs = plan.plan(compose(*given, micro=False))
+    names = [run.cfg.phase.name for run in runs]
+    # Out-of-fold networks, or two that are stopped early, come before Phase 2 where its masks are real ones.
+    others = {"busbra_base": 2, "busbra_lite": 2}.get(name, 0)
+    assert names[-1] == "e2e" and sorted(names) == sorted(["coarse"] * (1 + others) + ["sam", "e2e"])
+    assert all(run.cfg.dataset.name == "busbra" for run in runs)
 
 
 def changed(value: object) -> object:
