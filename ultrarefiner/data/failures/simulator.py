@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -280,13 +281,8 @@ def _bisect(
     predict: Callable[[float], Mask], top: float, mask: Mask, wanted: Wanted, tolerance: float | None = None
 ) -> float:
     """The amplitude in [0, top] at which the prediction's Dice falls to the wanted one; `top` where it never does."""
-    area = np.count_nonzero(mask)
     tolerance = wanted.tolerance if tolerance is None else tolerance
-
-    def excess(amplitude: float) -> float:
-        predicted = predict(amplitude)
-        return float(2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted.dice)
-
+    excess = partial(_excess, predict, mask, int(np.count_nonzero(mask)), wanted.dice)
     if top <= 0 or (below := excess(top)) > 0:
         return top
     low, high, above = 0.0, top, 1 - wanted.dice
@@ -303,6 +299,11 @@ def _bisect(
         else:
             high, below = middle, found
     return min((low, high), key=lambda amplitude: abs(excess(amplitude)))
+
+
+def _excess(predict: Callable[[float], Mask], mask: Mask, area: int, wanted: float, amplitude: float) -> float:
+    predicted = predict(amplitude)
+    return float(2 * np.count_nonzero(predicted & mask) / (np.count_nonzero(predicted) + area) - wanted)
 
 
 def _holding(predict: Callable[[float], Mask], missing: Mask, extra: Mask) -> Callable[[float], Mask]:
