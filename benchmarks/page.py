@@ -193,9 +193,15 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     ),
     "inference": ("Inference", "model=base, roi=on, one image, both networks; the same reference.", inference),
     "bfloat16": (
-        "bfloat16 on a processor that has it",
+        "bfloat16 on a processor that has it (AVX-512)",
         "`trainer.precision=bf16-mixed` against `32-true`, both ours, each pair in turn; roi=on, batch 1. `auto` takes "
         "it where a product of a probe is faster in it (`ultrarefiner/precision.py`).",
+        bfloat16,
+    ),
+    "amx": (
+        "bfloat16 on a processor with a unit for it (AMX)",
+        "The same. A product of large matrices alone takes a fifth of float32's time there: what is left is everything "
+        "else, GELU, attention in small windows and the moving of data above all.",
         bfloat16,
     ),
     "masks_per_image": (

@@ -29,6 +29,10 @@ from ultrarefiner.precision import FULL, HALF, PAYS_FROM, fastest
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 3
+AMX = Path("/proc/cpuinfo").is_file() and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+"""Whether this processor multiplies matrices of 16 bits in a unit of its own."""
+KINDS = {"bfloat16": False, "amx": True}
+"""Sections of 16 bits: for processors without that unit and with it."""
 
 
 def encoder(repeats: int) -> Figures:
@@ -132,6 +136,7 @@ SECTIONS: dict[str, Callable[[int], Figures]] = {
     "step": step,
     "inference": inference,
     "bfloat16": bfloat16,
+    "amx": bfloat16,
     "masks_per_image": masks_per_image,
     "crops": crops,
     "embeddings": embeddings,
@@ -158,8 +163,8 @@ def main() -> None:
     for name in [] if options.page else options.sections or SECTIONS:
         if name == "gpu" and not torch.cuda.is_available():
             continue
-        if name == "bfloat16" and fastest("cpu", PAYS_FROM) != HALF:
-            print("bfloat16: this processor does not compute in it")
+        if name in KINDS and (KINDS[name] != AMX or fastest("cpu", PAYS_FROM) != HALF):
+            print(f"{name}: this processor is of another kind")
             continue
         print(name, flush=True)
         began = time.perf_counter()
