@@ -350,7 +350,7 @@ def test_a_path_may_hold_what_hydra_gives_a_meaning(predicted, tmp_path, name):
 @pytest.mark.xdist_group(GROUP)
 def test_killed_at_any_moment_it_ends_with_the_same_files(tmp_path, pair):
     scans = tmp_path / "scans"
-    for number in range(40):
+    for number in range(200):
         save(scans / f"{number}.png", texture(number, 120, 100))
     (scans / "bad.png").write_text("x")
     arguments = [f"images={scans}", f"checkpoint={pair}", "batch_size=2"]
@@ -367,7 +367,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(tmp_path, pair):
     rng, kills, begun = random.Random(0), 0, []
     for _ in range(10):
         begun.append(done())
-        if begun[-1] == 40:
+        if begun[-1] == 200:
             break
         process = start("killed")
         until = begun[-1] + rng.randint(1, 7)
