@@ -101,7 +101,7 @@ def _average(states: dict[str, dict[str, Tensor]], said: dict[str, dict[str, str
         "sizes": [model["coarse_size"] for model in models],
     }
     seen = [Seen.of_lists(json.loads(word["seen"])) for word in (*words, *said.values())]
-    licences = {one for word in words for one in word["licence"].split(AND)}
+    licences = {one for word in words for one in word.get("licence", "unknown").split(AND)}
     said[COARSE]["licence"] = AND.join(sorted(licences))
     states[COARSE] = {f"members.{n}.{name}": value for n, one in enumerate(every) for name, value in one.items()}
     for word in said.values():
