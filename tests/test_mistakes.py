@@ -32,6 +32,7 @@ output_root=/dev/null                               → /dev/null/cache.*another
 output_root=/proc/nowhere                           → /proc/nowhere/cache.*another output_root
 +foo=1                                              → foo
 foo=1                                               → foo.*--cfg job
+phase=sam phase.early_epochs=2                      → phase\.early_epochs needs phase\.real_ratio above 0
 phase.epohcs=3                                      → phase\.epohcs.*phase\.epochs
 ~fold                                               → fold is needed
 ~dataset.reader                                     → ~dataset\.reader.*deletion

@@ -276,6 +276,8 @@ def _settled(cfg: DictConfig) -> DictConfig:
         for name in ("softness", "bins"):
             if node[name] == FIT and node.failures.get(name) is not None:
                 raise UserError(f"phase.{name}={FIT} and phase.failures.{name} contradict each other; give one of them")
+        if node.early_epochs and not _wants_predictions(node):
+            raise UserError("phase.early_epochs needs phase.real_ratio above 0, phase.softness=fit or phase.bins=fit")
         with open_dict(cfg):
             node.coarse = cfg.phase.coarse if _wants_predictions(node) else None
     return cfg
