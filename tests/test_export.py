@@ -123,7 +123,7 @@ def test_the_coarse_network_of_several_runs_is_the_mean_of_their_logits(finished
         mean = 1 / (1 + np.exp(-np.mean(logits, axis=0)))
         np.testing.assert_allclose(both(image).coarse_probability, mean, atol=2e-3)
     card = (averaged / "README.md").read_text()
-    assert "is the mean of 2 networks" in card and "of the first one alone" in card
+    assert "is the mean of 2 networks" in card and "of the run as it was" in card
 
 
 def test_a_mean_has_seen_what_each_of_its_networks_has_and_their_licences(finished_runs, packed, averaged, tmp_path):
@@ -169,6 +169,23 @@ def test_the_command_takes_further_networks_and_bits(packed, tmp_path, execute):
         done = execute(export.main, f"checkpoint={packed}", wrong, f"output={tmp_path}/new")
         assert done.status == 1 and words in done.err and len(done.err.strip().splitlines()) == 1
         assert not (tmp_path / "new").exists()
+
+
+def test_the_coarse_network_also_sees_the_mirrored_image(finished_runs, averaged, tmp_path, execute):
+    given = [f"checkpoint={averaged}", "mirrored=true", "share=0.25", "bits=32", f"output={tmp_path}/pair"]
+    assert execute(export.main, *given).status == 0
+    before, after = Segmenter.load(averaged, "cpu"), Segmenter.load(tmp_path / "pair", "cpu")
+    assert len(after.cascade.coarse.members) == 2  # the two of the mean, not the mean as one
+    image = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        both = (before.cascade.coarse(image) + before.cascade.coarse(image.flip(-1)).flip(-1)) / 2
+        torch.testing.assert_close(after.cascade.coarse(image), both)
+        coarse, refined = torch.randn(2, 1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(after.cascade.gate(coarse, refined, image[:1]), 0.75 * coarse + 0.25 * refined)
+    card = (tmp_path / "pair" / "README.md").read_text()
+    assert "It also sees the mirrored image. The share of SAM's logits in the final ones is 0.25." in card
+    done = execute(export.main, f"checkpoint={averaged}", "share=2", f"output={tmp_path}/new")
+    assert done.status == 1 and "share must be between 0 and 1, got 2" in done.err
 
 
 def test_weights_without_a_word_about_them_are_refused(packed, tmp_path):

@@ -5,6 +5,7 @@ Whatever needs torch is imported where it is used, so that `--help`, `--cfg job`
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -29,6 +30,8 @@ Values
   format=[safetensors]   beside the weights: onnx writes model.onnx, export model.pt2 (torch.export), for any batch;
                          int8 writes model.int8.onnx too, the fastest on a processor
   coarse=[DIR,...]       further runs, whose coarse networks are averaged with this one's: of other seeds or folds, say
+  mirrored=true          coarse networks also see the mirrored image: one more pass of them, none of SAM
+  share=0.5              of SAM's logits in the final ones, in place of the gate of the training: less harms fewer masks
   bits=16                of each weight: 32, 16, or 8; what that changes, tests/test_export.py bounds
   --cfg job              print the composed configuration"""
 
@@ -40,6 +43,8 @@ class ExportConfig:
     checkpoint: str | None = None
     output: str | None = None
     coarse: list[str] = field(default_factory=list)
+    mirrored: bool = False
+    share: float | None = None
     bits: int = 16
     format: list[str] = field(default_factory=lambda: ["safetensors"])
 
@@ -60,6 +65,8 @@ def _export(cfg: DictConfig) -> None:
         raise UserError(f"format must be of safetensors, onnx, int8, export, got {', '.join(sorted(unknown))}")
     if cfg.bits not in (8, 16, 32):
         raise UserError(f"bits must be 8, 16 or 32, got {cfg.bits}")
+    if cfg.share is not None and not 0 <= cfg.share <= 1:
+        raise UserError(f"share must be between 0 and 1, got {cfg.share}")
     from ultrarefiner.extras import imported
 
     for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(cfg.format) else ():
@@ -69,7 +76,8 @@ def _export(cfg: DictConfig) -> None:
 
     output, formats = Path(cfg.output).expanduser(), cfg.format
     others = [located(path) for path in cfg.coarse]
-    for path in pack(located(cfg.checkpoint), output, cfg.bits, lambda folder: _graphs(folder, formats), others):
+    graphs, run = partial(_graphs, formats=formats), located(cfg.checkpoint)
+    for path in pack(run, output, cfg.bits, graphs, others, cfg.mirrored, cfg.share):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -21,14 +21,19 @@ class Ensemble(nn.Module):
     Args:
         members: image (B,1,S,S) in [0, 1] -> logits (B,2,S,S), with an S of their own.
         sizes: their S, px. The image is brought there and the logits back, both bilinearly.
+        mirrored: whether each also sees the image mirrored from left to right, and those logits count as much.
     """
 
-    def __init__(self, members: Sequence[nn.Module], sizes: Sequence[int]) -> None:
+    def __init__(self, members: Sequence[nn.Module], sizes: Sequence[int], mirrored: bool = False) -> None:
         super().__init__()
-        self.members, self.sizes = nn.ModuleList(members), tuple(sizes)
+        self.members, self.sizes, self.mirrored = nn.ModuleList(members), tuple(sizes), mirrored
 
     def forward(self, image: Float[Tensor, "B 1 C C"]) -> Float[Tensor, "B 2 C C"]:
         """The mean logits; `image` in [0, 1]."""
+        logits = self._mean(image)
+        return (logits + self._mean(image.flip(-1)).flip(-1)) / 2 if self.mirrored else logits
+
+    def _mean(self, image: Float[Tensor, "B 1 C C"]) -> Float[Tensor, "B 2 C C"]:
         side, logits = image.shape[-1], []
         for member, size in zip(self.members, self.sizes, strict=True):
             logits.append(_resized(member(_resized(image, size)), side))

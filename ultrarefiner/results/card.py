@@ -57,13 +57,23 @@ def with_onnx(card: str, files: Sequence[str]) -> str:
     return card.replace(_USE, f"{_USE}\n\n{_WITH_ONNX}") if _USE in card else f"{card}\n{_WITH_ONNX}\n"
 
 
-def averaged(card: str, networks: int, licence: str) -> str:
-    """A card with a word on the coarse networks that were averaged: its figures are of the first alone."""
-    more = (
-        f"The coarse network here is the mean of {networks} networks (licence: {one_line(licence)}). The figures are "
-        "of the first one alone: measure the mean with `python -m ultrarefiner.evaluate`."
-    )
-    return card.replace("## Figures\n", f"## Figures\n\n{more}\n")
+def changed(card: str, said: Mapping[str, str]) -> str:
+    """A card with a word on what was changed when the run was exported: its figures are of the run as it was.
+
+    Args:
+        said: the metadata of the weights: how they are built, and the coarse network's licence.
+    """
+    config = json.loads(said["config"])
+    coarse, gate = config["model"].get("coarse") or {}, config["gate"]
+    more = []
+    if (count := len(coarse.get("members", ()))) > 1:
+        more.append(f"The coarse network here is the mean of {count} networks (licence: {one_line(said['licence'])}).")
+    if coarse.get("mirrored"):
+        more.append("It also sees the mirrored image.")
+    if gate.get("low") == gate.get("high", ""):
+        more.append(f"The share of SAM's logits in the final ones is {gate['low']}.")
+    more.append("The figures are of the run as it was: measure this pair with `python -m ultrarefiner.evaluate`.")
+    return card.replace("## Figures\n", f"## Figures\n\n{' '.join(more)}\n")
 
 
 LIMITS = """\
