@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,17 @@ def test_the_probe_agrees_with_what_the_processor_says_of_itself():
 def test_sixteen_bits_only_where_they_pay(monkeypatch, device, frame, pays, expected):
     monkeypatch.setattr(precision, "_processor_has_bfloat16", lambda: pays)
     assert precision.fastest(device, frame) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed")])
+def test_a_gpu_that_only_imitates_it_computes_in_float32(monkeypatch, capability, expected):
+    """A T4 or V100 makes tensors of bfloat16 too, but computes with them far slower than in float32."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability[0]))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert precision.fastest("cuda", 512) == expected
 
 
 def test_what_the_probe_makes_of_its_times(monkeypatch):

@@ -1,5 +1,6 @@
 """A trained pipeline as one object: what it draws is what the training measured."""
 
+import copy
 import csv
 import io
 import subprocess
@@ -194,6 +195,36 @@ def test_the_mean_over_views(e2e):
     assert found.iou == pytest.approx((one.iou + other.iou) / 2, abs=1e-5)
     scaled = with_options(segmenter, tta=["scales"])(image)
     assert scaled.probability.shape == image.shape and np.isfinite(scaled.probability).all()
+
+
+def test_a_lesion_that_only_another_view_shows_is_redrawn(e2e):
+    _, data, segmenter = e2e
+    image = data.reader.read(data.split.test[0])[0]
+
+    class LeftSide(torch.nn.Module):
+        """Sure of a lesion in the left half of what it is shown where that is bright, undecided elsewhere."""
+
+        def forward(self, image):
+            logit = torch.where(image > 0.9, 6.0, -0.2)
+            logit[..., image.shape[-1] // 2 :] = -0.2
+            return torch.cat([torch.zeros_like(logit), logit], 1)
+
+    seen = np.zeros_like(image)
+    seen[20:40, 42:58] = 255
+    both = with_options(copy.deepcopy(segmenter), tta="flips")
+    both.cascade.coarse = LeftSide()
+    for picture in (seen, np.ascontiguousarray(seen[:, ::-1])):
+        found = both(picture)
+        assert found.coarse.any() and found.refined is not None and "empty" not in found.reason
+
+
+def test_it_is_frozen_and_can_be_loaded_where_nothing_is_trained(e2e):
+    """SAM's image encoder takes its fastest form only where no parameter asks for a gradient."""
+    with torch.inference_mode():
+        segmenter = Segmenter.load("shipped", "cpu")
+    assert not any(parameter.requires_grad for parameter in segmenter.cascade.parameters())
+    segmenter(e2e[1].reader.read(e2e[1].split.test[0])[0])
+    assert segmenter.cascade.refiner.sam.image_encoder._copy is not None
 
 
 def test_a_path_and_a_picture_of_the_result(e2e, tmp_path):

@@ -25,7 +25,7 @@ def fastest(device: str, frame: int) -> str:
             float32 on a processor: EfficientNet's gains nothing; for a TransUNet ask for `bf16-mixed`.
     """
     if device == "cuda":
-        return HALF if torch.cuda.is_bf16_supported() else FULL
+        return HALF if torch.cuda.is_bf16_supported(including_emulation=False) else FULL
     return HALF if device == "cpu" and frame >= PAYS_FROM and _processor_has_bfloat16() else FULL
 
 

@@ -41,6 +41,8 @@ CoarseMask = NDArray[Any]
 BACKENDS = ("torch", "onnx")
 _NETWORKS = {COARSE: "coarse", SAM: "refiner"}
 """What they are called in a `Cascade`."""
+_FROM_FILES = {"encoder_weights": None, "pretrained": False}
+"""Arguments of coarse networks that fetch or read weights, and their values that do not."""
 _NOTHING = -16.0
 """The logit of what is certainly no lesion; see `soft_logit`."""
 
@@ -90,6 +92,7 @@ class Segmenter:
         self.precision = fastest(self.device.type, frame) if precision == AUTO else precision
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls, path: str | Path | None = None, device: str = "auto", backend: str = "torch", **options: Any
     ) -> "Segmenter":
@@ -211,7 +214,7 @@ class Segmenter:
         prob, mask, refined, iou = coarse_prob, coarse, None, None
         if self.cascade.refiner is None:
             reason = "the run has no refiner (phase=coarse)"
-        elif drawn[0].refined is None:
+        elif all(one.refined is None for one in drawn):
             reason = NO_LESION
         else:
             # A view in which nothing was found says so with its coarse map.
@@ -334,7 +337,11 @@ def _untrained(cfg: Any, parts: Collection[str], files: Mapping[str, Path] = Map
         cfg.phase.crops = None
         if cfg.model.sam._target_ == "ultrarefiner.models.sam.load_sam":
             cfg.model.sam = {**cfg.model.sam, "checkpoint": None, "random_init": True}
-    return build_cascade(cfg, parts, files)
+        coarse = cfg.model.coarse or {}
+        for network in coarse.get("members", [coarse]):
+            network.update({name: none for name, none in _FROM_FILES.items() if name in network})
+    # Frozen, whatever was trained: SAM's image encoder then takes its fastest form.
+    return build_cascade(cfg, parts, files).requires_grad_(False)
 
 
 def _grey(image: Picture) -> UInt8[np.ndarray, "H W"]:

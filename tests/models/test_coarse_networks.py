@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 
 from conftest import MICRO, compose
 from ultrarefiner import files
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.efficient_unet import EfficientUNet, imagenet_state
 from ultrarefiner.runs.build import build_coarse
+from ultrarefiner.segmenter import Segmenter
 
 IMAGE = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -120,6 +122,20 @@ def test_any_network_of_smp_is_a_coarse_network():
     network = build_coarse(compose(*SMP, "model.coarse.encoder=resnet18", "model.coarse.architecture=fpn"), None)
     assert network(IMAGE).shape == (2, 2, 64, 64)
     assert type(network.network).__name__ == "FPN"
+
+
+def test_a_trained_network_of_smp_asks_for_no_weights_of_imagenet(monkeypatch, tmp_path):
+    """A machine without internet predicts with it."""
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="pip install ultrarefiner[smp]")
+    cfg = compose(*SMP, "model.coarse.encoder=resnet18")
+    state = build_coarse(cfg, None).state_dict()
+    cfg.model.coarse.encoder_weights = "imagenet"
+    content = {"config": OmegaConf.to_container(cfg, resolve=True)}
+    torch.save(content | {"state_dict": {f"cascade.coarse.{k}": v for k, v in state.items()}}, tmp_path / "best.ckpt")
+    asked, make = [], smp.create_model
+    monkeypatch.setattr(smp, "create_model", lambda *a, **k: (asked.append(k.get("encoder_weights")), make(*a, **k))[1])
+    Segmenter.load(tmp_path / "best.ckpt", "cpu")
+    assert asked == [None]
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,9 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def in_memory_state(module: torch.nn.Module) -> list[tuple[int, int, torch.dtype]]:
     """A value that changes when a parameter or buffer is replaced or written to, without a look at the numbers."""
-    return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (*module.parameters(), *module.buffers())]
+    tensors = (*module.parameters(), *module.buffers())
+    # What was made in inference mode counts no versions.
+    return [(one.data_ptr(), 0 if one.is_inference() else one._version, one.dtype) for one in tensors]
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
