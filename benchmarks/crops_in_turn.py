@@ -1,10 +1,11 @@
-"""How many crops of an image should take turns (`phase.crops`), by what they do to Phase 2 on BUS-BRA's validation images.
+"""How many crops of an image should take turns (`phase.crops`), by what they do to Phase 2 on BUS-BRA.
 
     python benchmarks/crops_in_turn.py --data-root ~/BUSBRA [--seeds 0 1]     # an hour a seed on two cores
 
-Trains LiteMedSAM with roi=on and eight masks a crop on a part of BUS-BRA's fold 0: one augmented crop of each image whose
-embedding is kept, four that take turns, and a new one in every epoch. Each is judged as training judges itself, after
-every epoch on the same simulated coarse masks of the same validation images. Interrupted, the same command goes on.
+Trains LiteMedSAM with roi=on and eight masks a crop on a part of BUS-BRA's fold 0: one augmented crop of each image
+whose embedding is kept, four that take turns, and a new one in every epoch. Each is judged as training judges itself,
+after every epoch on the same simulated coarse masks of the same validation images. Interrupted, the same command goes
+on.
 Writes docs/crops.md; the runs stay in build/crops_in_turn.
 """
 
@@ -44,10 +45,12 @@ def page(found: dict[str, list[list[dict[str, str]]]], seeds: list[int]) -> str:
     header = ["", "seed", "coarse", *(f"epoch {number}" for number in (1, 2, 4, 6, 8)), "best epoch"]
     return (
         "# Crops that take turns: what they do to the result\n\n"
-        "Written by `benchmarks/crops_in_turn.py`: Phase 2 of LiteMedSAM, roi=on, batches of four images, eight simulated "
-        f"masks a crop, on {LIMITS['train']} training images of BUS-BRA (fold 0). Mean Dice of the refined masks of "
-        f"{LIMITS['val']} validation images, one simulated coarse mask each, the same ones for all. How much faster epochs "
-        "are with crops that are kept stands in [performance.md](performance.md).\n\n" + table(header, rows) + "\n"
+        "Written by `benchmarks/crops_in_turn.py`: Phase 2 of LiteMedSAM, roi=on, batches of four images, eight "
+        f"simulated masks a crop, on {LIMITS['train']} training images of BUS-BRA (fold 0). Mean Dice of the refined "
+        f"masks of {LIMITS['val']} validation images, one simulated coarse mask each, the same ones for all. How much "
+        "faster epochs are with crops that are kept stands in [performance.md](performance.md).\n\n"
+        + table(header, rows)
+        + "\n"
     )
 
 

@@ -40,7 +40,11 @@ METHODS = {
     "three_refined": "that mean, refined by the same SAM",
     "pair_coarse": "two coarse networks (after Phase 3; the one of 320 px), both on 224 px, mean of their logits",
     "pair_before": "that mean, refined by the same SAM",
-    "pair": "that mean, refined by the SAM of the encoder's last eight blocks (**what ships**)",
+    "pair": "that mean, refined by the SAM of the encoder's last eight blocks (what shipped before)",
+    "mirrored_coarse": "those two networks, which also see the mirrored image, mean of their logits",
+    "mirrored": "that mean, refined by the same SAM (**what ships**)",
+    "share": "the same with a share of SAM's logits of 0.3 in place of one half",
+    "mirrored_tta": "what ships, with `tta=flips`",
 }
 VIEWS = {
     "coarse": "one coarse network, after Phase 3",
@@ -54,7 +58,10 @@ VIEWS = {
     "pair_coarse": "the two that ship, on 224 px",
     "pair_before": "that mean, refined by that SAM",
     "soup": "refined by the mean of the weights of that SAM and the next one",
-    "pair": "refined by the SAM of the encoder's last eight blocks (**what ships**)",
+    "pair": "refined by the SAM of the encoder's last eight blocks (what shipped before)",
+    "mirrored_coarse": "the two that ship, which also see the mirrored image",
+    "mirrored": "that mean, refined by the SAM of the encoder's last eight blocks (**what ships**)",
+    "mirrored_tta": "what ships, with `tta=flips`",
 }
 """Of the validation cases."""
 TUNED = {
@@ -66,7 +73,7 @@ TUNED = {
     "fresh_refined": "that pair, trained from LiteMedSAM, refined",
 }
 """Of a few images of another data set, in five folds."""
-SHIPPED, ITS_COARSE = "pair", "pair_coarse"
+SHIPPED, ITS_COARSE = "mirrored", "mirrored_coarse"
 WORST, EXTENT = 100, 0.1
 """So many validation cases are looked at; so much recall and precision differ where a mask has the wrong extent."""
 Rows = list[dict[str, Any]]
