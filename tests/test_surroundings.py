@@ -17,7 +17,7 @@ import torch
 
 from conftest import MICRO, compose
 from data_layouts import write_folder
-from ultrarefiner import files
+from ultrarefiner import cli, files
 from ultrarefiner.data.cache import open_cache
 from ultrarefiner.data.cases import Case
 from ultrarefiner.data.phantom import Phantoms
@@ -74,6 +74,27 @@ def test_a_reader_that_has_enough_is_no_mistake(argument, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
     process.stderr.close()
+
+
+@pytest.mark.parametrize("where", ["ultrarefiner", "checkout"])
+def test_no_folder_beside_experiments_hides_a_key_of_its_name(where, tmp_path):
+    """In the wheel the package's rooms lie there (runs/, data/), in a clone whatever its user has put into it."""
+    package = tmp_path / where / "ultrarefiner" if where == "checkout" else tmp_path / where
+    shutil.copytree(cli.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors", "conf"))
+    home = package.parent if where == "checkout" else package
+    for name in ("conf", "experiments"):
+        shutil.copytree(cli.HOME / name, home / name)
+    for name in ("runs", "predictions"):
+        (home / name).mkdir(exist_ok=True)
+    surroundings = os.environ | {"PYTHONPATH": str(package.parent)}
+    for command, *arguments in (
+        ("report", "runs=x", "output=y"),
+        ("evaluate", "predictions=x", "dataset=busi", "data_root=x", "output=y"),
+        ("train", "+experiments=seed", "data_root=x"),
+    ):
+        program = [sys.executable, "-m", f"ultrarefiner.{command}", *arguments, "--cfg", "job"]
+        done = subprocess.run(program, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_locale_of_ascii_shows_a_mistake_too():

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
@@ -36,12 +38,30 @@ HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 CONF = HOME / "conf"
 
 
+class ExperimentsSource(FileConfigSource):
+    """A folder of which Hydra sees experiments/ alone: any other in it would be a group, and hide a key of its name."""
+
+    @staticmethod
+    def scheme() -> str:
+        """What its addresses begin with."""
+        return "experiments"
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether it is experiments/, or the folder itself."""
+        return config_path in ("", self.scheme()) and super().is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether it is a file in experiments/."""
+        return config_path.startswith(f"{self.scheme()}/") and super().is_config(config_path)
+
+
 class ExperimentsPath(SearchPathPlugin):
     """Makes experiments/ a config group: `+experiments=name`."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add the folder that holds experiments/ behind conf/."""
-        search_path.append("ultrarefiner", f"file://{HOME}")
+        SourcesRegistry.instance().register(ExperimentsSource)
+        search_path.append("ultrarefiner", f"{ExperimentsSource.scheme()}://{HOME}")
 
 
 def launch(task: Callable[[DictConfig], object], config_name: str, help_text: Callable[[], str]) -> None:
