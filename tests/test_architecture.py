@@ -133,8 +133,8 @@ def test_files_and_commands_are_small():
 def test_the_package_is_small():
     # The goal for everything that is planned was 8500. It was 12 430 before bfloat16, turns of crops and int8 came,
     # 12 460 before sentences for flags and lists, and the names for screen readers; 12 509 before means of networks;
-    # 12 600 before networks that are stopped early.
-    assert sum(lines_of_code(path) for path in FILES.values()) < 12_625
+    # 12 600 before networks that are stopped early; 12 660 before mends of the report, readers and shared batch norms.
+    assert sum(lines_of_code(path) for path in FILES.values()) < 12_950
 
 
 def test_lines_are_counted_as_people_do(tmp_path):

@@ -115,7 +115,9 @@ def test_images_that_the_checkpoint_has_seen(call, e2e, tmp_path):
     done = call(*arguments)
     assert done.status == 1 and "has seen 2 of the 2 training cases" in done.err and "allow_seen=true" in done.err
     assert not (tmp_path / "a").exists()
-    assert call(*arguments, "allow_seen=true").status == 0
+    done = call(*arguments, "allow_seen=true")
+    assert done.status == 0 and f"{e2e} on phantom, train, fold 0: 2 cases" in done.out
+    assert "Not a fair test: the weights have seen 2" in done.out
     assert "**Not a fair test:** the weights have seen 2" in (tmp_path / "a" / "tables.md").read_text()
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["seen"]["test_cases"] == 2
 
@@ -160,6 +162,30 @@ def test_masks_of_another_tool(call, folder, tmp_path):
     assert "| device | B | 15 |" in (tmp_path / "out" / "tables.md").read_text()
 
 
+def test_the_size_of_a_pixel_may_be_unknown_and_may_change(call, folder, tmp_path):
+    """Millimetres of the cases that have them, whichever comes first; measured again where the table has changed."""
+    root, arguments = folder
+    (tmp_path / "tool").mkdir()
+    for number in range(30):
+        cv2.imwrite(str(tmp_path / "tool" / f"case_{number}.png"), np.roll(disc(number), 2, axis=1))
+    for out, known, mm in (("a", range(3, 30), 0.1), ("b", range(20), 0.1), ("b", range(30), 0.2)):
+        spacing = {f"case_{i}": mm if i in known else "" for i in range(30)}
+        write_table(
+            root / "cases.csv",
+            ["id", "patient", "label", "device", "spacing"],
+            [[id, f"p{id}", "benign", "A", value] for id, value in spacing.items()],
+        )
+        done = call(*arguments, f"predictions={tmp_path}/tool", f"output={tmp_path}/{out}")
+        assert done.status == 0, done.err
+        rows = rows_of(tmp_path / out)
+        means = json.loads((tmp_path / out / "summary.json").read_text())["masks"]["coarse"]["over"]
+        assert means["hd95_mm"]["cases"] == sum(value != "" for value in spacing.values())
+        assert {row["id"]: row["coarse_hd95_mm"] != "" for row in rows} == {i: v != "" for i, v in spacing.items()}
+        for row in rows:
+            if spacing[row["id"]] != "":
+                assert float(row["coarse_hd95_mm"]) == pytest.approx(mm * float(row["coarse_hd95"]))
+
+
 def test_probabilities_of_another_tool_are_refined(call, folder, e2e, tmp_path):
     _, arguments = folder
     (tmp_path / "tool").mkdir()
@@ -194,6 +220,10 @@ def test_normal_images_are_counted_apart(call, tmp_path):
     assert (found["lesion"]["cases"], found["normal"]["cases"], found["normal"]["clean"]) == (12, 6, 5)
     assert found["lesions"]["false_positives"] == 1 and found["lesions"]["images"] == 18
     assert found["lesions"]["lesions"] == 13 and found["lesions"]["found"] == 12  # benign (1) has two, one was drawn
+    drawn, *empty = (row for row in rows_of(tmp_path / "out") if row["label"] == "normal")
+    assert drawn["coarse_px"] == "25.0" and {row["coarse_dice"] for row in (drawn, *empty)} == {""}
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert f"| coarse | 1 | 12 | {found['lesion']['dice']:.4f} |" in text
 
 
 def test_mistakes_are_one_sentence(call, e2e, folder, tmp_path):

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Finished
+from conftest import Finished, compose
 from data_layouts import disc, save, texture, write_busbra, write_busi, write_folder
 from ultrarefiner import cli, prepare
+from ultrarefiner.data.index import fingerprint
+from ultrarefiner.data.readers import Folder
+from ultrarefiner.runs.assemble import build_store
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALL = ["model.image_size=64", "model.coarse_size=32"]
@@ -103,6 +106,46 @@ def test_what_is_left_out_and_what_is_odd_is_said(prepared, tmp_path):
     done = prepared("dataset=busi", f"data_root={root}")
     assert done.status == 0 and "benign/notes.txt" in done.out and "4 (left out unless" in done.out
     assert "Suspicious (1)" in done.out and "the same file as busi malignant (9)" in " ".join(done.out.split())
+
+
+def test_what_a_reader_of_ones_own_makes_of_the_files_is_read_anew(prepared, tmp_path, monkeypatch):
+    """Its settings and its code are part of what the cache is of; ours have nothing but the files."""
+    root = write_folder(tmp_path / "data")
+    code = """
+from ultrarefiner.data.readers import Folder
+
+class Mine(Folder):
+    def __init__(self, root, name, crop=0, **columns):
+        super().__init__(root, name, **columns)
+        self.crop = crop
+
+    def read(self, case):
+        image, mask = super().read(case)
+        return image[self.crop :], mask[self.crop :]
+"""
+    (tmp_path / "cropping.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = ("dataset=folder", f"data_root={root}", "dataset.reader._target_=cropping.Mine", "dataset.reader.name=mine")
+
+    def heights(*more: str) -> list[int]:
+        done = prepared(*mine, *more)
+        assert done.status == 0, done.err
+        cfg = compose(*mine, *more, "phase=coarse", f"output_root={tmp_path}/out", *SMALL, micro=False)
+        store = build_store(cfg)  # training finds the same
+        (folder,) = (tmp_path / "out" / "cache").glob(f"*-{store.fingerprint[:16]}")
+        return [entry.height for entry in store.open((32,))[0].entries[:1] if (folder / "index.json").is_file()]
+
+    assert heights() == [48] and heights("+dataset.reader.crop=8") == [40] and heights() == [48]
+    (tmp_path / "cropping.py").write_text(code.replace("image[self.crop :], mask[self.crop :]", "image[2:], mask[2:]"))
+    monkeypatch.delitem(sys.modules, "cropping")
+    assert heights() == [46]
+    (tmp_path / "moved").mkdir()
+    root.rename(tmp_path / "moved" / "data")
+    assert heights(f"data_root={tmp_path}/moved/data") == [46]
+    assert len(list((tmp_path / "out" / "cache").glob("mine-*"))) == 3
+    ours = compose("dataset=folder", f"data_root={tmp_path}/moved/data", "phase=coarse", *SMALL, micro=False)
+    reader = Folder(tmp_path / "moved" / "data")
+    assert build_store(ours).fingerprint == fingerprint(reader, reader.cases())
 
 
 def test_the_example_of_a_new_dataset_in_the_readme_works(tmp_path):

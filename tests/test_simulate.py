@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import Finished, compose
-from data_layouts import write_busbra, write_busi, write_folder
+from data_layouts import disc, save, write_busbra, write_busi, write_folder
 from reruns import GROUP, Command
 from ultrarefiner import cli, simulate
 from ultrarefiner.data.failures.files import file_name
@@ -108,6 +108,18 @@ def test_masks_never_leave_their_folder_or_overwrite_another(simulated, tmp_path
     root = write_folder(tmp_path / "data", 30)
     done = simulated("dataset=folder", f"data_root={root}", "samples=2", f"output={root}")
     assert done.status == 1 and "holds something else" in done.err and (root / "images").is_dir()
+    # Another tool's table beside its masks, an earlier set of ours that holds more by now, and one with another table.
+    theirs = tmp_path / "theirs"
+    save(theirs / "000001-a.png", disc(1))
+    (theirs / "masks.csv").write_text("file,dataset,id,part\n000001-a.png,folder,case_1,train\n")
+    arguments = ("dataset=folder", f"data_root={root}", "samples=2")
+    for name in ("notes.txt", "val-000000-a.png", ".hidden"):
+        assert simulated(*arguments, f"output={tmp_path}/{name}-set").status == 0
+        (tmp_path / f"{name}-set" / name).write_text("mine")
+    for out in (theirs, *tmp_path.glob("*-set")):
+        before = read(out)
+        done = simulated(*arguments, f"output={out}")
+        assert done.status == 1 and "holds something else: give a new folder" in done.err and read(out) == before
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         done = simulated("dataset=folder", f"data_root={root}", "samples=2", f"output={out}")

@@ -69,7 +69,11 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     }
     measured = {name: plain(cfg[name]) for name in ("tolerances", "tolerances_mm", "spacing")}
     assessment = Assessment(folder, settings, **measured, keep_pictures=cfg.pictures)
-    marks = {case.key: sha256(tool.parts["test"][case.key][0]) if tool else "" for case in cases}
+    # The data's fingerprint knows nothing of what else the table says, such as the size of a pixel.
+    marks = {
+        case.key: (sha256(tool.parts["test"][case.key][0]) if tool else "") + (repr(case.about) if case.about else "")
+        for case in cases
+    }
     todo = [case for case in cases if not assessment.has(case, marks[case.key])]
     batches = [todo[start : start + cfg.batch_size] for start in range(0, len(todo), cfg.batch_size)]
     draw = Artist(segmenter, tool)
@@ -80,11 +84,12 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     about = {
         "title": f"{cfg.predictions or file} on {data.reader.name} ({cfg.split}, fold {cfg.fold})",
         "checkpoint": None if file is None else str(file),
-        **{name: cfg[name] for name in ("predictions", "fold", "split")},
+        **{name: cfg[name] for name in ("predictions", "fold", "split", "data_root")},
         "dataset": cfg.dataset.name,
         "seen": seen,
         "settings": assessment.settings,
         "trained": said.get("config"),
+        "trained_on": said.get("ultrarefiner", {}).get("data"),
         "environment": provenance.environment(),
     }
     content = assessment.finish(cases, about, lambda case: data.reader.read(case)[0])

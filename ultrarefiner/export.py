@@ -5,7 +5,6 @@ Whatever needs torch is imported where it is used, so that `--help`, `--cfg job`
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -60,13 +59,8 @@ def _export(cfg: DictConfig) -> None:
     for key in ("checkpoint", "output"):
         if cfg[key] is None:
             raise UserError(f"{key}=PATH is missing; see --help")
-    unknown = set(cfg.format) - {"safetensors", "onnx", "int8", "export"}
-    if unknown:
+    if unknown := set(cfg.format) - {"safetensors", "onnx", "int8", "export"}:
         raise UserError(f"format must be of safetensors, onnx, int8, export, got {', '.join(sorted(unknown))}")
-    if cfg.bits not in (8, 16, 32):
-        raise UserError(f"bits must be 8, 16 or 32, got {cfg.bits}")
-    if cfg.share is not None and not 0 <= cfg.share <= 1:
-        raise UserError(f"share must be between 0 and 1, got {cfg.share}")
     from ultrarefiner.extras import imported
 
     for package in ("onnx", "onnxscript", "onnxruntime") if {"onnx", "int8"} & set(cfg.format) else ():
@@ -74,10 +68,10 @@ def _export(cfg: DictConfig) -> None:
     from ultrarefiner.runs.checkpoints import located
     from ultrarefiner.runs.pack import pack
 
-    output, formats = Path(cfg.output).expanduser(), cfg.format
-    others = [located(path) for path in cfg.coarse]
-    graphs, run = partial(_graphs, formats=formats), located(cfg.checkpoint)
-    for path in pack(run, output, cfg.bits, graphs, others, cfg.mirrored, cfg.share):
+    run, *others = (located(path) for path in (cfg.checkpoint, *cfg.coarse))
+    output = Path(cfg.output).expanduser()
+    more = (lambda folder: _graphs(folder, cfg.format)), others, cfg.mirrored, cfg.share
+    for path in pack(run, output, cfg.bits, *more):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -34,23 +34,19 @@ def help_text() -> str:
 
 
 def _prepare(cfg: DictConfig) -> None:
-    from pathlib import Path
-
     from ultrarefiner.data.inspect import inspect_dataset
     from ultrarefiner.models.weights import fetch
-    from ultrarefiner.runs.build import build
+    from ultrarefiner.runs.assemble import build_store
 
     for name in cfg.weights:
         print(fetch(name))
     if cfg.weights and cfg.dataset.name == "phantom":  # no dataset was asked for
         return
-    reader = build(cfg.dataset.reader, "dataset.reader")
-    cache_dir = Path(cfg.output_root).expanduser() / "cache"
-    sizes = (cfg.model.coarse_size, cfg.model.image_size)
-    report = inspect_dataset(reader, cache_dir, sizes)
+    store = build_store(cfg)
+    report = inspect_dataset(store.reader, store.cache_dir, (cfg.model.coarse_size, cfg.model.image_size), store.salt)
     print(report)
     if not report.usable:
-        raise UserError(f"{len(report.errors)} files of {reader.name} have to be corrected (see above).")
+        raise UserError(f"{len(report.errors)} files of {store.reader.name} have to be corrected (see above).")
 
 
 def main() -> None:

@@ -171,6 +171,19 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert len({fingerprint(r, r.cases()) for r in (Phantoms(4), Phantoms(4), Phantoms(4, seed=1), Phantoms(5))}) == 3
 
 
+def test_every_byte_of_a_large_file_counts(tmp_path):
+    root = write_folder(tmp_path / "data", 1)
+    (root / "masks" / "case_0.png").unlink()
+    large = save(root / "masks" / "case_0.bmp", np.zeros((768, 1024, 3), np.uint8))
+    save(root / "images" / "case_0.png", texture(0, 1024, 768))
+    reader, content = Folder(root), large.read_bytes()
+    marks = {fingerprint(reader, reader.cases())}
+    for position in range(1000, len(content), 70_000):
+        large.write_bytes(content[:position] + b"\xff" + content[position + 1 :])
+        marks.add(fingerprint(reader, reader.cases()))
+    assert len(content) > 2 << 20 and len(marks) == 1 + len(range(1000, len(content), 70_000))
+
+
 def test_index_names_every_file(tmp_path):
     import hashlib
 

@@ -264,6 +264,30 @@ def test_mask_one_bit_and_jpeg(tmp_path):
     np.testing.assert_array_equal(load_mask(deep), lesion)
 
 
+def test_a_soft_mask_is_cut_at_half_whatever_its_type(tmp_path):
+    y, x = np.mgrid[:96, :100]
+    distance = np.hypot(x - 50, y - 48) - 30
+    soft = 1 / (1 + np.exp(distance))
+    whole = {"a.png": np.round(soft * 255).astype(np.uint8), "b.png": np.round(soft * 65535).astype(np.uint16)}
+    floating = {f"{largest}.tif": (soft * largest).astype(np.float32) for largest in (1, 255, 65535)}
+    for name, pixels in {**whole, "c.tif": whole["b.png"], **floating}.items():
+        wrong = load_mask(save(tmp_path / name, pixels)) != (distance < 0)
+        assert not wrong[abs(distance) > 0.02].any(), name  # 127 and 128 of 255 lie around the half
+    nothing = save(tmp_path / "e.tif", (soft * 0.4).astype(np.float32))  # a network that has found no lesion
+    assert not load_mask(nothing).any()
+
+
+@pytest.mark.parametrize(
+    "label", [np.uint16(1), np.uint16(255), np.uint16(1000), np.uint16(40000), np.float32(1 / 255), np.float32(0.3)]
+)
+def test_a_mask_of_one_label_is_not_soft(tmp_path, label):
+    lesion = disc(3) > 0
+    np.testing.assert_array_equal(load_mask(save(tmp_path / "m.tif", lesion * label)), lesion)
+    if label == 1000:
+        several = np.where(np.arange(60) < 30, label, 2 * label).astype(np.uint16)
+        np.testing.assert_array_equal(load_mask(save(tmp_path / "n.tif", lesion * several)), lesion)
+
+
 # ---------------------------------------------------------------------------------------------------------- resampling
 
 

@@ -141,6 +141,28 @@ SOUND = {  # how it is made, and what the pixels must be
         lambda p: write_dicom(p, smooth(), WindowCenter=100, WindowWidth=100),
         lambda found: found.min() == 0 and found.max() == 255 and (found[smooth() < 50] == 0).all(),
     ),
+    "a rescaling of nothing.dcm": (
+        lambda p: write_dicom(p, GREY // 2, RescaleSlope=1, RescaleIntercept=0),
+        exactly(GREY // 2),
+    ),
+    "a window of everything.dcm": (
+        lambda p: write_dicom(p, GREY // 2, WindowCenter=128, WindowWidth=256, RescaleSlope=1, RescaleIntercept=0),
+        exactly(GREY // 2),
+    ),
+    "a wide window.dcm": (
+        lambda p: write_dicom(p, GREY, WindowCenter=256, WindowWidth=512),
+        close(GREY // 2, 1),
+    ),
+    "12 bits and a rescaling of nothing.dcm": (
+        lambda p: write_dicom(
+            p, GREY.astype(np.uint16) + 99, BitsStored=12, HighBit=11, RescaleSlope=1, RescaleIntercept=0
+        ),
+        close((GREY + 99.0) * (255 / (int(GREY.max()) + 99)), 1),
+    ),
+    "a rescaling.dcm": (
+        lambda p: write_dicom(p, GREY, RescaleSlope=2, RescaleIntercept=-9),
+        close((GREY - GREY.min()) * (255 / np.ptp(GREY)), 1),
+    ),
     "RGB.dicom": (lambda p: write_dicom(p, COLOURS, "RGB"), exactly(COLOURS)),
     "RGB plane by plane.dcm": (
         lambda p: write_dicom(p, COLOURS, "RGB", PlanarConfiguration=1, PixelData=COLOURS.transpose(2, 0, 1).tobytes()),
@@ -173,6 +195,15 @@ def test_read(tmp_path, what):
     make, good = SOUND[what]
     make(tmp_path / what)
     assert good(only(tmp_path))
+
+
+def test_a_window_treats_all_frames_alike(tmp_path):
+    """What one frame holds changes no grey value of another."""
+    clip = np.stack([GREY // 2, GREY // 2])
+    clip[1, 0, 0] = 255
+    path = write_dicom(tmp_path / "clip.dcm", clip, frames=True, WindowCenter=120, WindowWidth=200)
+    first, second = (pixels for pixels, _ in Scan(path, "clip.dcm", "clip", 2).read([0, 1]))
+    assert second[0, 0] == 255 and (first != second).sum() == 1
 
 
 def test_frames_come_one_by_one(tmp_path):
@@ -321,6 +352,17 @@ def test_masks_are_found_by_the_name_of_their_image(tmp_path):
     for wrong in (tmp_path / "nowhere", image):
         with pytest.raises(UserError, match="is no folder"):
             CoarseMasks(wrong, tmp_path)
+    for name in ("2024-01-01T10:30:00", "a:b/a?c", "ä" * 70, "a_d"):  # in both folders
+        save(tmp_path / "scans" / f"{name}.png", GREY)
+        save(tmp_path / "same" / f"{name}{'_mask' if name[0] == 'ä' else ''}.png", GREY)
+    save(tmp_path / "same" / "a:d.png", GREY)
+    found = find_scans(tmp_path / "scans", tmp_path).scans
+    masks = CoarseMasks(tmp_path / "same", tmp_path / "scans")
+    assert len(found) == 4 and all(masks.find(one, 0).stem.removesuffix("_mask") == one.path.stem for one in found)
+    save(tmp_path / "scans" / "a_d.jpg", GREY)  # which of the two the mask is of cannot be known
+    for one in (one for one in find_scans(tmp_path / "scans", tmp_path).scans if one.path.stem == "a_d"):
+        with pytest.raises(UserError, match=r"a_d\.\w+ has no mask a_d\.\w+\.png in"):
+            masks.find(one, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no mask"):
         CoarseMasks(tmp_path / "empty", tmp_path)

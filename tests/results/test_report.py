@@ -17,6 +17,7 @@ from scipy import stats
 from made_runs import HOSTILE, masks, patients, write_evaluation, write_run
 from ultrarefiner import report as command
 from ultrarefiner.errors import UserError
+from ultrarefiner.files import read_csv, write_csv
 from ultrarefiner.results import report
 from ultrarefiner.results.found import runs_in
 from ultrarefiner.results.gathered import gather
@@ -154,9 +155,88 @@ def test_a_pair_without_its_run_is_named_by_its_folder_or_its_file(tmp_path):
     assert "2 results below" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 
+def named(folder: Path) -> list[tuple[str, str, int]]:
+    """The setting, the data and the number of results of each group."""
+    return sorted((g.setting.partition("tiny ")[2] or g.setting, g.data, len(g.results)) for g in gather(folder)[1])
+
+
+def test_images_without_a_lesion_are_counted_apart_in_older_folders_too(tmp_path):
+    write_evaluation(tmp_path / "tool", patients(0), 3, predictions="/else/nnunet")
+    first, *rest = read_csv(tmp_path / "tool" / "cases.csv")
+    write_csv(tmp_path / "tool" / "cases.csv", [first | {"lesion_px": 0, "coarse_dice": 0, "coarse_px": 9}, *rest])
+    tables = {one.name: one.rows for one in report.tables_of(gather(tmp_path)[1])}
+    (dice,) = (r for r in tables["settings"] if (r["mask"], r["metric"]) == ("coarse", "dice"))
+    assert dice["cases"] == 11 and dice["case_mean"] == pytest.approx(np.mean(scores(0, 3, "coarse")[1:]))
+    assert {row["cases"] for row in tables["changes"]} == {11}
+    assert all(row["images"] == 12 for row in tables["lesions"])
+
+
+def test_tools_of_one_name_are_no_runs_of_one_setting(tmp_path):
+    for tool, seed in (("A", 1), ("B", 2)):
+        write_evaluation(tmp_path / "runs" / tool, patients(0), seed, predictions=f"/else/{tool}/pred")
+    assert named(tmp_path / "runs") == [(f"masks of {tool}/pred", "phantom", 1) for tool in "AB"]
+    (row,) = report.between(gather(tmp_path / "runs")[1]).rows
+    change = np.subtract(scores(0, 2, "refined"), scores(0, 1, "refined"))
+    assert row["mean"] == pytest.approx(change.mean())
+
+
+def test_trainings_that_lie_elsewhere_are_no_runs_of_one_setting(tmp_path):
+    for seed in (1, 2):
+        file = f"/else/fold0-seed{seed}/checkpoints/best.ckpt"
+        write_evaluation(tmp_path / str(seed), patients(0), seed, checkpoint=file)
+    write_evaluation(tmp_path / "3", patients(0), 1, checkpoint=file, predictions="/else/pred")
+    write_evaluation(tmp_path / "4", patients(1), 1, checkpoint=file, fold=1)
+    names = ("fold0-seed1", "fold0-seed2", "fold0-seed2 (4)", "fold0-seed2, masks of pred")
+    assert named(tmp_path) == [(name, "phantom", 1) for name in names]
+
+
+def test_one_pair_in_several_ways_is_several_settings(three):
+    """Drawn otherwise than the training does, it adds nothing to the run's own results."""
+    run = next(path for path in three.glob("*fold0-seed1*"))
+    ways = {"a": {}, "flips": {"tta": "flips"}, "each": {"lesions": "each"}, "none": {"safety": {"min_dice": None}}}
+    for seed, (name, way) in enumerate(ways.items(), 1):
+        settings = {"tta": None, "lesions": "together", "safety": {"min_dice": 0.5}} | way
+        write_evaluation(run / "evaluation" / name, patients(0), seed, settings=settings)
+    settings["safety"] = {"min_dice": 0.5}
+    write_evaluation(run / "evaluation" / "z", patients(0), 9, settings=settings)
+    own = "phase.coarse_lr=1e-05"
+    ways = ("tta=flips", "lesions=each", "safety.min_dice=None", "safety.min_dice=0.5")
+    several = [(f"{own} {way}", "phantom", 1) for way in ways]
+    assert named(three) == sorted([(own, "phantom", 2), ("phase.coarse_lr=0.5", "phantom", 1), *several])
+
+
+def test_other_data_of_the_same_name_are_told_apart(three):
+    """Other cases, other lesions under the same names, and another fingerprint; the run's own rows stay."""
+    run = next(path for path in three.glob("*fold0-seed1*"))
+    before = next(r.rows for g in gather(three)[1] for r in g.results if r.run.directory == run)
+    other = [*patients(0)[:11], *patients(7, 1)]
+    write_evaluation(run / "evaluation" / "ids", other, 1, data_root="/else/ids")
+    write_evaluation(run / "evaluation" / "lesions", patients(0), 1, data_root="/else/lesions")
+    rows = read_csv(run / "evaluation" / "lesions" / "cases.csv")
+    write_csv(run / "evaluation" / "lesions" / "cases.csv", [row | {"lesion_px": 7} for row in rows])
+    about = {"trained_on": "one", "settings": {"data": "other"}, "data_root": "/else/images"}
+    write_evaluation(run / "evaluation" / "images", patients(0), 1, **about)
+    data = {data for _, data, _ in named(three)}
+    assert data == {"phantom", *(f"phantom (test, fold 0, {name})" for name in ("ids", "lesions", "images"))}
+    after = next(r.rows for g in gather(three)[1] for r in g.results if r.run.directory == run and r.own)
+    assert after == before
+
+
+def test_a_case_of_several_runs_is_one_case_of_the_lesions_too(tmp_path):
+    for fold, seed in ((0, 1), (0, 2), (0, 3), (1, 1)):
+        run = write_run(tmp_path, f"fold={fold}", f"seed={seed}")
+        write_evaluation(run / "evaluation", patients(fold), seed, fold=fold)
+    (row,) = (row for row in report.found_lesions(gather(tmp_path)[1]).rows if row["mask"] == "coarse")
+    assert (row["images"], row["lesions"]) == (24, 24)
+    dice = np.mean([scores(0, seed, "coarse") for seed in (1, 2, 3)], axis=0)
+    assert row["dice"] == pytest.approx(np.mean([*dice, *scores(1, 1, "coarse")]), abs=1e-4)
+
+
 def test_the_list_tells_how_far_and_how_good(tmp_path, call):
     write_run(tmp_path, "fold=0", name="done")
-    write_run(tmp_path, "fold=1", name="stopped", finished=False)
+    stopped = write_run(tmp_path, "fold=1", name="stopped", finished=False)
+    epochs = read_csv(stopped / "metrics.csv")
+    write_csv(stopped / "metrics.csv", [row | {"val/coarse/dice": 0.9} for row in epochs])
     running = write_run(tmp_path, "fold=2", name="running", finished=False)
     broken = write_run(tmp_path, "fold=3", name="broken")
     (broken / "summary.json").write_text('{"a":')
@@ -169,6 +249,7 @@ def test_the_list_tells_how_far_and_how_good(tmp_path, call):
         ("broken", "mangled"), "damaged"
     )
     assert (found["done"].epochs, found["done"].best) == (3, 0.72) and found["done"].score("refined") > 0.5
+    assert found["stopped"].best == 0.72  # of the refined mask, though the coarse one was better
     assert status == 0 and "1 finished" in out and "2 damaged" in out and "1 running" in out
     assert not (tmp_path / "report").exists()
 

@@ -116,7 +116,7 @@ def cache_folder(reader: Reader, mark: str, cache_dir: Path) -> Path:
 
 
 def open_cache(
-    reader: Reader, sizes: Sequence[int], cache_dir: Path, mark: str | None = None, progress: bool = True
+    reader: Reader, sizes: Sequence[int], cache_dir: Path, mark: str | None = None, salt: str = ""
 ) -> tuple[Index, dict[int, Frames]]:
     """The index of a data set and its frames at ``sizes``; built first where missing, stale or damaged.
 
@@ -125,13 +125,13 @@ def open_cache(
         sizes: sides of the square frames in px.
         cache_dir: the folder for all caches; one process builds, the others wait for it.
         mark: the data set's `fingerprint`, where the caller has it already.
-        progress: show a bar on a terminal.
+        salt: what else that follows from.
 
     Raises:
         UserError: a file of the data set cannot be used, or the cache cannot be written.
     """
     cases = reader.cases()
-    mark = mark or fingerprint(reader, cases)
+    mark = mark or fingerprint(reader, cases, salt)
     folder = cache_folder(reader, mark, cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,8 +139,8 @@ def open_cache(
             index = Index.load(folder, mark, len(cases))
             missing = [size for size in dict.fromkeys(sizes) if not _intact(folder, *_frames(folder, size))]
             if index is None or missing or not _intact(folder, NATIVE, _native_file(folder)):
-                index = _build(reader, cases, mark, missing, folder, progress)
-                if fingerprint(reader, cases) != mark:
+                index = _build(reader, cases, mark, missing, folder)
+                if fingerprint(reader, cases, salt) != mark:
                     for voucher in folder.glob("*.json"):
                         voucher.unlink()
                     raise UserError(
@@ -152,7 +152,7 @@ def open_cache(
     return index, {size: Frames(folder, size) for size in sizes}
 
 
-def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folder: Path, progress: bool) -> Index:
+def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folder: Path) -> Index:
     """Read each case once, fill the arrays of ``sizes``, and put everything in place."""
     log.info("building the cache of %s (%d cases) in %s", reader.name, len(cases), folder)
     partial = folder / ".partial"
@@ -179,7 +179,7 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
             ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,  # Pillow and zlib release the GIL
             _native_file(partial).open("wb") as native,
         ):
-            for result in shown(pool.map(fill, range(len(cases))), len(cases), f"Reading {reader.name}", progress):
+            for result in shown(pool.map(fill, range(len(cases))), len(cases), f"Reading {reader.name}"):
                 if isinstance(result, UserError):
                     errors.append(str(result))
                 else:
@@ -202,13 +202,13 @@ def _build(reader: Reader, cases: list[Case], mark: str, sizes: list[int], folde
     return index
 
 
-def shown(results: Iterable[T], total: int, what: str, progress: bool = True) -> Iterator[T]:
+def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The results, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    quiet = not (progress and console.is_terminal)
+    quiet = not console.is_terminal
     return iter(track(results, what, total=total, console=console, disable=quiet, transient=True))
 
 

@@ -102,12 +102,16 @@ def frame_count(header: "Dataset") -> int:
 def frames(path: Path, header: "Dataset", indices: Iterable[int] | None = None) -> Iterator[NDArray[Any]]:
     """Some frames, or all of them, decoded one after the other: (H, W) of any numeric type, or (H, W, 3) RGB.
 
-    Lookup tables and windows of the file are applied, YBR is brought to RGB, and MONOCHROME1 is turned around.
+    Lookup tables and windows of the file are applied, YBR is brought to RGB, and MONOCHROME1 is turned around. Grey
+    values of 8 bits stay such, also where a window changes them.
     """
     from pydicom.pixels import apply_color_lut, iter_pixels
     from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
     kind = str(header.PhotometricInterpretation)
+    # A rescaling that changes nothing, as many files have, is left out: pydicom would make floating point of it.
+    rescaled = (header.get("RescaleSlope", 1), header.get("RescaleIntercept", 0)) != (1, 0)
+    rescaled |= "ModalityLUTSequence" in header
     for pixels in iter_pixels(path, indices=indices):
         if kind == "PALETTE COLOR":
             colours = apply_color_lut(pixels, header)[..., :3]
@@ -115,7 +119,9 @@ def frames(path: Path, header: "Dataset", indices: Iterable[int] | None = None) 
         elif pixels.ndim == 3:  # colour, which pydicom has brought to RGB
             yield pixels
         else:
-            grey = apply_voi_lut(apply_modality_lut(pixels, header), header)
+            grey = apply_voi_lut(apply_modality_lut(pixels, header) if rescaled else pixels, header)
+            if not rescaled and pixels.dtype == np.uint8 and grey.dtype.kind == "f":  # of a window
+                grey = np.clip(np.round(grey), 0, 255).astype(np.uint8)
             yield grey.max() - grey if kind == "MONOCHROME1" else grey  # there 0 is white
 
 

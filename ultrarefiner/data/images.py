@@ -41,15 +41,21 @@ def load_image(path: Path) -> UInt8[np.ndarray, "H W"]:
 def load_mask(path: Path) -> Bool[np.ndarray, "H W"]:
     """The lesion in ``path`` as a boolean array at its native size.
 
-    A pixel belongs to the lesion if its brightest colour channel exceeds 127, or 0 in files without any value above
-    127: this reads masks of 0/1, 0/255, 0/label, coloured masks, and JPEG masks with ringing around the edge.
+    A pixel belongs to the lesion if its brightest colour channel exceeds 127, or 32767 in files with any value above
+    that (16 bits), or 0 in files without any value above 127: this reads masks of 0/1, 0/255, 0/65535, 0/label, soft
+    and coloured masks, and JPEG masks with ringing around the edge. Floating point up to 1 is a probability, cut at
+    0.5, unless it has one value beside 0.
 
     Raises:
         UserError: as in `load_image`.
     """
     pixels = _decode(path)
     brightest = pixels.max(axis=2) if pixels.ndim == 3 else pixels
-    return brightest > (127 if brightest.max(initial=0) > 127 else 0)
+    values = brightest[brightest > 0]
+    top = values.max(initial=0)
+    if brightest.dtype.kind == "f" and top <= 1 and (values < top).any():
+        return brightest > 0.5
+    return brightest > next((half for half in (32767, 127) if top > half), 0)
 
 
 def load_colours(path: Path) -> UInt8[np.ndarray, "H W 3"]:

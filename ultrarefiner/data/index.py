@@ -16,7 +16,6 @@ from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
 
 VERSION = 2  # raised when the meaning of an index or a cache changes: older ones are then built anew
-_WHOLE = 1 << 20  # bytes: up to this size a file is hashed whole for the fingerprint, else in 16 samples
 
 
 @dataclass(frozen=True)
@@ -119,16 +118,19 @@ def read_entry(reader: Reader, case: Case) -> tuple[Entry, np.ndarray, np.ndarra
     return entry, image, mask
 
 
-def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
+def fingerprint(reader: Reader, cases: Sequence[Case], salt: str = "") -> str:
     """A hash over what the cases are and hold, the same for the same data at another path or on another day.
 
-    Names, patients, classes, official folds, and the files' contents: whole up to 1 MiB, beyond that their size and
-    16 samples of 64 KiB. Readers that compute their images count by their settings and their first image.
+    Names, patients, classes, official folds, and the files' contents. Readers that compute their images count by their
+    settings and their first image.
+
+    Args:
+        salt: what else the cases follow from: of a reader of the user's own its settings and its code.
 
     Raises:
         UserError: two cases of a data set have the same id, or a file cannot be read.
     """
-    total = hashlib.sha256(f"{VERSION} {reader.name}".encode())
+    total = hashlib.sha256(f"{VERSION} {reader.name}{salt}".encode())
     seen: set[tuple[str, str]] = set()
     for case in cases:
         if case.key in seen:
@@ -137,7 +139,7 @@ def fingerprint(reader: Reader, cases: Sequence[Case]) -> str:
         names = [path.name for path in case.files]
         total.update(repr((case.dataset, case.id, case.patient, case.label, case.roles, names)).encode())
         for path in case.files:
-            total.update(_sample(path))
+            total.update(_content(path))
     computed = next((case for case in cases if case.image is None), None)
     if computed is not None:
         settings = {key: value for key, value in vars(reader).items() if isinstance(value, int | float | str)}
@@ -159,17 +161,12 @@ def _fault(image: np.ndarray, mask: np.ndarray) -> str:
     return ""
 
 
-def _sample(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        total = hashlib.blake2b(str(size).encode(), digest_size=32)
+        total = hashlib.blake2b(str(path.stat().st_size).encode(), digest_size=32)
         with path.open("rb") as file:
-            if size <= _WHOLE:
-                total.update(file.read())
-            else:
-                for position in np.linspace(0, size - 65536, 16).astype(int):
-                    file.seek(position)
-                    total.update(file.read(65536))
+            while block := file.read(1 << 20):
+                total.update(block)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore the file or its permissions.") from error
     return total.digest()

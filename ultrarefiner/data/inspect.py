@@ -59,13 +59,14 @@ class Report:
         return "\n".join(lines)
 
 
-def inspect_dataset(reader: Reader, cache_dir: Path, sizes: Sequence[int] = (224, 512)) -> Report:
+def inspect_dataset(reader: Reader, cache_dir: Path, sizes: Sequence[int] = (224, 512), salt: str = "") -> Report:
     """Check a data set, write its index and cache, and say what was found.
 
     Args:
         reader: the data set.
         cache_dir: where index and cache go.
         sizes: of the cached frames, in px.
+        salt: of the `index.fingerprint`.
 
     Raises:
         UserError: the folder is not what the reader expects. Files that cannot be read are listed in the report.
@@ -73,7 +74,7 @@ def inspect_dataset(reader: Reader, cache_dir: Path, sizes: Sequence[int] = (224
     cases = reader.cases()
     facts = [("cases", str(len(cases))), ("patients", _patients(cases)), ("classes", _counts(cases))]
     try:
-        index, _ = open_cache(reader, sizes, cache_dir)
+        index, _ = open_cache(reader, sizes, cache_dir, salt=salt)
     except UnusableFiles as error:
         return Report(reader.name, tuple(facts), tuple(reader.left_out), errors=error.sentences)
     usable = [entry for entry in index.entries if not entry.fault]

@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -131,8 +131,8 @@ def safe_names(ids: Sequence[str]) -> list[str]:
     No two are the same where case and accents do not count, and none is the folder of another. Two files that differ
     in their suffix only keep it: "x.png" and "x.jpg". What some system cannot store in a name becomes "_".
     """
-    whole = [PurePosixPath(*map(_safe, PurePosixPath(id).parts)) for id in ids]
-    bare = [PurePosixPath(*map(_safe, _without_suffix(PurePosixPath(id)).parts)) for id in ids]
+    whole = [_safe_path(PurePosixPath(id)) for id in ids]
+    bare = [_safe_path(_without_suffix(PurePosixPath(id))) for id in ids]
     sharing = Counter(_key(path) for path in bare)
     taken = {_key(folder) for path in whole for folder in path.parents}
     names = []
@@ -181,8 +181,11 @@ class CoarseMasks:
         """
         if self.only:
             return self.only
-        name = scan.frame_name(index)
-        for wanted in (name, f"{name}_mask", re.sub("_0000$", "", name)):
+        name, given = scan.frame_name(index), _without_suffix(PurePosixPath(scan.id))
+        names = [name]
+        if _safe_path(given).as_posix() == scan.name:  # the mask may have the image's name as it was before
+            names.append(replace(scan, name=given.as_posix()).frame_name(index))
+        for wanted in (form for one in names for form in (one, f"{one}_mask", re.sub("_0000$", "", one))):
             if found := self.files.get(_key(wanted)):
                 if len(found) > 1:
                     raise UserError(f"{found[0]} and {found[1].name} are both masks of {scan.id}: remove one.")
@@ -248,7 +251,10 @@ def _is_image(path: Path) -> bool:
 
 
 def _walk(root: Path, without: Path | None, problems: list[str]) -> Iterator[Path]:
-    """All files below a folder in natural order, but for hidden ones; links to folders are followed, once each."""
+    """All files below a folder in natural order, but for hidden ones; links to folders are followed, once each.
+
+    Of what an earlier prediction has left only its tables: its pictures are no images that somebody wants segmented.
+    """
     seen: set[Path] = set()
 
     def report(error: OSError) -> None:
@@ -261,12 +267,18 @@ def _walk(root: Path, without: Path | None, problems: list[str]) -> Iterator[Pat
             continue
         seen.add(real)
         inner[:] = sorted((name for name in inner if not name.startswith(".")), key=natural)
+        if {"settings.json", "predictions.csv"} <= set(files):
+            inner.clear()
         yield from (Path(folder, name) for name in sorted(files, key=natural) if not is_hidden(name))
 
 
 def _without_suffix(path: PurePosixPath) -> PurePosixPath:
     """Without what follows the last dot, but for the numbers with dots that scanners give as names."""
     return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+
+
+def _safe_path(path: PurePosixPath) -> PurePosixPath:
+    return PurePosixPath(*map(_safe, path.parts))
 
 
 def _safe(part: str) -> str:

@@ -17,10 +17,11 @@ class Store:
     Args:
         reader: the data set.
         cache_dir: where decoded frames are kept.
+        salt: what else the cases follow from, see `index.fingerprint`.
     """
 
-    def __init__(self, reader: Reader, cache_dir: str | Path) -> None:
-        self.reader, self.cache_dir = reader, Path(cache_dir)
+    def __init__(self, reader: Reader, cache_dir: str | Path, salt: str = "") -> None:
+        self.reader, self.cache_dir, self.salt = reader, Path(cache_dir), salt
         self._opened: dict[tuple[int, ...], tuple[Index, dict[int, Frames]]] = {}
 
     @cached_property
@@ -43,13 +44,13 @@ class Store:
     @cached_property
     def fingerprint(self) -> str:
         """What identifies the data set's content, wherever it lies (see `index.fingerprint`)."""
-        return fingerprint(self.reader, self.cases)
+        return fingerprint(self.reader, self.cases, self.salt)
 
     def open(self, sizes: Sequence[int]) -> tuple[Index, dict[int, Frames]]:
         """The index and the frames at some sizes (px); built first where they are missing, see `cache.open_cache`."""
         key = tuple(sizes)
         if key not in self._opened:
-            self._opened[key] = open_cache(self.reader, key, self.cache_dir, self.fingerprint)
+            self._opened[key] = open_cache(self.reader, key, self.cache_dir, self.fingerprint, salt=self.salt)
         return self._opened[key]
 
     def native_masks(self, index: Index) -> NativeMasks:

@@ -7,6 +7,7 @@ calibration, and the outlines of its masks. An interrupted evaluation goes on be
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,6 +160,8 @@ class Assessment:
             {name: record["row"].get(name) for name in ("id", "patient", "dataset", "label", *columns)} | record["row"]
             for record in records
         ]
+        known = dict.fromkeys((name for row in rows for name in row), math.nan)  # mm of some cases only
+        rows = [known | counted(row) for row in rows]
         reliabilities = calibrations(records)
         content = {"kind": KIND, **about} | summarise(rows, ("label", *columns, "dataset"), reliabilities)
         write_csv(self.folder / "cases.csv", rows)
@@ -199,6 +202,17 @@ def read_lines(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str], Record
         return json.loads(first), {(r["row"]["dataset"], r["row"]["id"]): r for r in records}, not lines[-1]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder, and evaluate again") from error
+
+
+def counted(row: Mapping[str, Any]) -> Record:
+    """A case's row as means count it: no metric of an image without a lesion, as in the rows of a run.
+
+    Also for rows of older versions, which took them for cases with a Dice of 0.
+    """
+    masks = () if number(row["lesion_px"]) else tuple(f"{name}_" for name in MASKS)
+    return {
+        name: math.nan if name.startswith(masks) and not name.endswith("_px") else value for name, value in row.items()
+    }
 
 
 def calibrations(records: Sequence[Record]) -> dict[str, Calibration]:

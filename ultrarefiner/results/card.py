@@ -7,6 +7,7 @@ from typing import Any
 from ultrarefiner.data.cases import PARTS
 from ultrarefiner.files import ONNX
 from ultrarefiner.results.tables import COLUMNS, Column, markdown, one_line
+from ultrarefiner.settings import COARSE, SAM
 
 CITATIONS = {
     "busbra": "W. Gómez-Flores, M. J. Gregorio-Calas, W. Coelho de Albuquerque Pereira: BUS-BRA: A breast ultrasound "
@@ -21,9 +22,13 @@ pipeline_tag: image-segmentation
 tags: [ultrasound, breast, segmentation, medical-imaging]
 ---"""
 
+_COARSE = "A coarse network finds the lesion in a breast-ultrasound image"
+_DOES = {
+    (COARSE,): f"{_COARSE}.",
+    (SAM,): "A Segment Anything model redraws the coarse mask of a lesion in a breast-ultrasound image.",
+    (COARSE, SAM): f"{_COARSE}, a Segment Anything model redraws its boundary.",
+}
 _USE = """\
-A coarse network finds the lesion in a breast-ultrasound image, a Segment Anything model redraws its boundary.
-
 ```python
 from ultrarefiner import Segmenter
 
@@ -99,6 +104,11 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
         | {"classes": ", ".join(f"{count} {label}" for label, count in data[part]["classes"].items())}
         for part in PARTS
     ]
+    apart = "no patient is in two parts"
+    if any(data[part].get("without_patient") or not data[part]["patients"] for part in PARTS):
+        some = "all " if any(data[part]["patients"] for part in PARTS) else ""
+        apart = f"patients are not {some}named, so images of one patient may be in two parts; "
+        apart += "near-duplicates were kept together"
     last = said[list(said)[-1]]  # has seen what those before it have
     seen = json.loads(last["seen"]) if "seen" in last else {}
     licences = "; ".join(f"{name}: {one_line(words.get('licence', 'unknown'))}" for name, words in said.items())
@@ -108,11 +118,12 @@ def model_card(summary: Mapping[str, Any], files: Sequence[str], said: Mapping[s
     paragraphs = [
         _FRONT_MATTER,
         f"# UltraRefiner {one_line(name)}, trained on {one_line(dataset)}",
-        _USE,
+        _DOES[tuple(sorted(said))],
+        _USE if COARSE in said else _USE.replace('"image.png"', '"image.png", coarse=mask'),
         "## Data",
-        f"{one_line(dataset)}, fold {data['fold']} of {data['folds']}; no patient is in two parts. The weights carry "
-        f"marks of the {len(seen.get('trained', []))} images that they were trained on and of the "
-        f"{len(seen.get('chosen', []))} that chose them, and refuse to be measured on these.",
+        f"{one_line(dataset)}, fold {data['fold']} of {data['folds']}; {apart}. The weights carry marks of the "
+        f"{len(seen.get('trained', []))} images that they were trained on and of the {len(seen.get('chosen', []))} "
+        "that chose them, and refuse to be measured on these.",
         markdown(parts),
         "## Figures",
         f"On the {data['test']['cases']} test images, at their native size{fair}:",

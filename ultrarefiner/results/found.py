@@ -94,7 +94,7 @@ class Found:
             return
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        dice = [number(row.get(f"val/{mask}/dice")) for row in rows for mask in ("refined", "coarse")]
+        dice = [number(row.get("val/refined/dice", row.get("val/coarse/dice"))) for row in rows]
         self.epochs = len(rows)
         self.best = max((value for value in dice if value == value), default=self.best)
 
@@ -132,11 +132,11 @@ def name_settings(runs: Sequence[Found]) -> None:
         options = [key for key in differing([flat[i] for i in some]) if key.endswith(".name")]
         named: dict[str, list[int]] = {}
         for i in some:
-            named.setdefault(" ".join([base, *_told(flat[i], options)]), []).append(i)
+            named.setdefault(" ".join([base, *told(flat[i], options)]), []).append(i)
         for name, alike in named.items():
             others = differing([flat[i] for i in alike])
             for i in alike:
-                runs[i].setting = " ".join([name, *_told(flat[i], others)])
+                runs[i].setting = " ".join([name, *told(flat[i], others)])
 
 
 def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -163,7 +163,8 @@ def status_counts(runs: Sequence[Found]) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
 
 
-def _told(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+def told(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """What settings say of some keys, as names tell it."""
     return [f"{key.removesuffix('.name')}={settings.get(key, 'not there')}" for key in keys]
 
 

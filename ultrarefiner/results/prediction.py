@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from jaxtyping import Shaped, UInt8
 
 from ultrarefiner.data.dicom import Region, spacing_at
 from ultrarefiner.data.scans import CoarseMasks, Scan, file_hash, load_coarse
+from ultrarefiner.data.views import views
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_csv, read_json, write_atomically, write_csv
 from ultrarefiner.results.measures import describe, separate
@@ -62,15 +64,10 @@ class Predictions:
         self,
         folder: Path,
         settings: Mapping[str, Any],
-        spacing: Sequence[float] | None = None,
+        spacing: tuple[float, float] | None = None,
         extras: Sequence[str] = EXTRAS,
     ) -> None:
-        if spacing is not None and not (len(spacing) == 2 and min(spacing) > 0):
-            raise UserError(f"spacing must be the height and the width of a pixel in mm, got {list(spacing)}")
-        if wrong := set(extras) - set(EXTRAS):
-            raise UserError(f"extras must be of {', '.join(EXTRAS)}, got {', '.join(sorted(wrong))}")
-        self.folder, self.extras = folder, extras
-        self.spacing = None if spacing is None else (spacing[0], spacing[1])
+        self.folder, self.spacing, self.extras = folder, spacing, extras
         self._claim(json.loads(json.dumps(settings)))
         for left in folder.rglob(".*"):  # a write that was killed
             if _PARTIAL.fullmatch(left.name):
@@ -155,6 +152,33 @@ class Predictions:
         return None
 
 
+def settled(asked: Any, folder: Path) -> dict[str, Any]:
+    """The settings of a call, checked before networks are loaded.
+
+    One number for `spacing` is both. `precision=auto` is the one that the folder was begun in: measured anew it may be
+    another, and the same command could not continue.
+
+    Args:
+        asked: as plain data.
+        folder: where the results go.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    views(asked["tta"])
+    if wrong := set(asked["extras"]) - set(EXTRAS):
+        raise UserError(f"extras must be of {', '.join(EXTRAS)}, got {', '.join(sorted(wrong))}")
+    spacing, precision = asked["spacing"], asked["precision"]
+    if spacing is not None:
+        sides = spacing if isinstance(spacing, list) else [spacing, spacing]
+        if len(sides) != 2 or not all(isinstance(side, int | float) and 0 < side < math.inf for side in sides):
+            raise UserError(f"spacing must be the height and the width of a pixel in mm, or one number, got {spacing}")
+        spacing = (float(sides[0]), float(sides[1]))
+    if precision == "auto" and (folder / SETTINGS).is_file():
+        precision = read_json(folder / SETTINGS).get("precision", precision)
+    return {**asked, "spacing": spacing, "precision": precision}
+
+
 def predict(
     segment: Segment,
     scans: Sequence[Scan],
@@ -163,7 +187,7 @@ def predict(
     masks: CoarseMasks | None = None,
     step: Callable[[int], object] = lambda frames: None,
 ) -> list[str]:
-    """Segment all frames that are not done yet.
+    """Segment all frames that are not done yet, and forget what is known of an image under a name of before.
 
     Batches are always the same ones, whatever of them is done: a network's last digits may depend on its batch.
 
@@ -189,6 +213,10 @@ def predict(
             results.add(item, found)
         results.save()
         step(len(batch))
+    here = {scan.id for scan in scans}
+    for name in results.rows.keys() - position.keys():
+        if results.rows[name]["image"] in here:  # its results have another name now
+            del results.rows[name]
     results.save(names)
     return problems
 

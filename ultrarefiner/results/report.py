@@ -1,9 +1,12 @@
 """Several runs as one page that needs no network, and as tables: what came out, is it better, where does it fail."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_csv, write_atomically, write_csv
 from ultrarefiner.results import assessment, lesions, page, statistics, tables
 from ultrarefiner.results.gathered import Group, Result, gather, unfair
@@ -15,6 +18,8 @@ CHANGES = (
     ("baseline_refined", "refined"),
 )
 COMPARED = {"dice": "Dice", "hd95": "HD95 (px)", "nsd_2px": "NSD at 2 px"}
+GENERATOR = b'<meta name="generator" content="ultrarefiner.report">'
+"""By what the page of a report is known."""
 MAIN = {"iou": "IoU", "hd95": "HD95 (px)", "assd": "ASSD (px)"}
 
 Row = dict[str, Any]
@@ -142,13 +147,23 @@ def found_lesions(groups: Sequence[Group]) -> Table:
         for mask in group.masks:
             measured = [row for row in group.rows if row.get(f"lesions_{mask}_false", "") != ""]
             if measured:
-                single = lesions.summarise(assessment.lesions_of(row, mask) for row in measured)
+                single = _each_once(measured, mask)
                 more = (
                     {"ECE": sure[mask].ece, "Brier": sure[mask].brier} if mask in sure else {"ECE": None, "Brier": None}
                 )
                 rows.append({"setting": group.setting, "tested on": group.data, "mask": mask} | single | more)
     shown = [{name.replace("_", " "): value for name, value in row.items()} for row in rows]
     return Table("lesions", "Lesion by lesion, and calibration over all pixels", rows, shown)
+
+
+def _each_once(rows: Sequence[Row], mask: str) -> Row:
+    """`lesions.summarise`, where a case that several runs have tested counts once, with its mean."""
+    times = Counter((row["dataset"], row["id"]) for row in rows)
+    each = math.lcm(*times.values())  # so often every case is shown, however many runs have it
+    shown = [row for row in rows for _ in range(each // times[row["dataset"], row["id"]])]
+    found = lesions.summarise(assessment.lesions_of(row, mask) for row in shown)
+    counts = {name: found[name] / each for name in ("images", "lesions", "found", "false_positives")}
+    return found | {name: int(count) if count.is_integer() else count for name, count in counts.items()}
 
 
 def write(folder: Path, out: Path, title: str, most_pictures: int, gallery: int) -> list[Group]:
@@ -162,12 +177,13 @@ def write(folder: Path, out: Path, title: str, most_pictures: int, gallery: int)
         gallery: cases of each kind.
 
     Raises:
-        UserError: see `gather`; or the folder cannot be written.
+        UserError: see `gather`; or the folder holds something else, or cannot be written.
     """
     import jinja2
 
     runs, groups = gather(folder)
     made = tables_of(groups)
+    _claim(out)
     for table in made:
         write_csv(out / f"{table.name}.csv", table.rows)
         write_atomically(out / f"{table.name}.md", f"{tables.markdown(table.shown)}\n".encode())
@@ -183,6 +199,16 @@ def write(folder: Path, out: Path, title: str, most_pictures: int, gallery: int)
     html = environment.get_template("report.html").render(title=title, tables=made, **content)
     write_atomically(out / "index.html", html.encode("utf-8", "backslashreplace"))
     return groups
+
+
+def _claim(out: Path) -> None:
+    """Make a folder that of a report, which may be written over; any other's cases.csv must not be."""
+    page = out / "index.html"
+    ours = page.is_file() and GENERATOR in page.read_bytes()
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"output={out} holds something else: give a new folder")
+    if not ours:
+        write_atomically(page, b"<!doctype html>" + GENERATOR + b"This report is being written.")
 
 
 def write_markdown(folder: Path, about: Mapping[str, Any]) -> None:

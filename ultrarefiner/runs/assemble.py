@@ -1,5 +1,6 @@
 """What a training needs, from its configuration: the cases of a fold, and the phase around its networks."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from ultrarefiner.data.mask_files import MaskFiles, read_masks
 from ultrarefiner.data.store import Store
 from ultrarefiner.errors import UserError
 from ultrarefiner.phases.phase import Phase
-from ultrarefiner.runs.build import augments, build, build_cascade, plain
+from ultrarefiner.runs.build import augments, build, build_cascade, own_targets, plain
+from ultrarefiner.runs.provenance import sources
 from ultrarefiner.settings import BRIDGE, COARSE
 
 
@@ -22,7 +24,11 @@ def build_store(cfg: DictConfig) -> Store:
     """The data set, for all runs of a command."""
     if cfg.dataset.members and "members" not in cfg.dataset.reader:
         raise UserError(f"dataset.members={cfg.dataset.members} is for dataset=combined; choose that, or leave it")
-    return Store(build(cfg.dataset.reader, "dataset.reader"), Path(cfg.output_root).expanduser() / "cache")
+    reader, salt = build(cfg.dataset.reader, "dataset.reader"), ""
+    if own_targets(cfg.dataset.reader):  # what it makes of the files is not known from the files
+        node = {key: value for key, value in plain(cfg.dataset.reader).items() if key != "root"}
+        salt = json.dumps([node, sources(node)], sort_keys=True, default=str)
+    return Store(reader, Path(cfg.output_root).expanduser() / "cache", salt)
 
 
 def build_data(cfg: DictConfig, kind: type[Phase], store: Store | None = None) -> DataModule:

@@ -47,9 +47,11 @@ def pack(
         The files.
 
     Raises:
-        UserError: a run is not finished or has no coarse network to average, the folder has something in it, or a
-            weight is too large for float16.
+        UserError: a run is not finished or has no coarse network to average, the folder has something in it, bits
+            or share are none, or a weight is too large for float16.
     """
+    if bits not in (8, 16, 32):
+        raise UserError(f"bits must be 8, 16 or 32, got {bits}")
     networks = _networks(run, "checkpoint")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty; give a new folder")
@@ -61,9 +63,11 @@ def pack(
             raise UserError("coarse=[…], mirrored: each run must have a coarse network, and that of checkpoint= too")
         _average(states, said, [path for path in files if path is not None], mirrored)
     if share is not None:
+        if not 0 <= share <= 1:
+            raise UserError(f"share must be between 0 and 1, got {share}")
+        fixed = {"name": "mean", "_target_": "ultrarefiner.refine.gate.UncertaintyGate", "low": share, "high": share}
         for word in said.values():
-            gate = {"name": "mean", "_target_": "ultrarefiner.refine.gate.UncertaintyGate", "low": share, "high": share}
-            word["config"] = json.dumps(json.loads(word["config"]) | {"gate": gate})
+            word["config"] = json.dumps(json.loads(word["config"]) | {"gate": fixed})
     written = []
     for name, source in networks.items():
         written.append(output / f"{name}{SAFETENSORS}")

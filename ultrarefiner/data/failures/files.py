@@ -23,6 +23,7 @@ from ultrarefiner.errors import UserError
 
 SHEET = "sheet.png"
 COLUMNS = (*NEEDED, "kind", "target", "dice")
+_OURS = re.compile(rf"{re.escape(TABLE)}|{re.escape(SHEET)}|\d{{6,}}-[A-Za-z0-9_-]*\.png")  # names in a set
 _SHOWN, _ROW = 32, 8  # on the contact sheet: simulated masks in all and in a row
 _GREEN, _ORANGE = (115, 158, 0), (0, 159, 230)  # BGR; truth and simulated mask as in the pictures of a run
 
@@ -38,7 +39,7 @@ def write_failures(cases: Cases, simulator: FailureSimulator, part: str, count: 
         simulator: makes the masks.
         part: its name, for the table.
         count: how many.
-        folder: where they go; may hold an earlier set, which is replaced.
+        folder: where they go; may hold an earlier set, and nothing beside it, which is replaced.
 
     Raises:
         UserError: there is no case, or the folder holds something else or cannot be written.
@@ -73,10 +74,10 @@ def file_name(number: int, id: str) -> str:
 def _replaced(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``folder``, which may be missing, empty or an earlier set."""
     folder = folder.expanduser()
-    if folder.exists() and not (folder / TABLE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output={folder} holds something else: give a new folder.")
     partial = None
     try:
+        if folder.exists() and not _is_ours(folder):
+            raise UserError(f"output={folder} holds something else: give a new folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         partial.chmod(0o755)
@@ -89,6 +90,15 @@ def _replaced(folder: Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or holds a set and nothing else: other tools' masks may have a table of that name."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+    if TABLE not in names:
+        return not names
+    with (folder / TABLE).open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n") == ",".join(COLUMNS) and all(map(_OURS.fullmatch, names))
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
