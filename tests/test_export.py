@@ -16,6 +16,7 @@ from ultrarefiner.data.dataset import collate
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import read_json
 from ultrarefiner.models.weights import narrowed, read_metadata, read_state_dict, write_state_dict
+from ultrarefiner.results.card import model_card
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.runs import checkpoints, plan, start
 from ultrarefiner.runs.pack import pack
@@ -70,6 +71,25 @@ def test_the_command_prints_its_files_and_the_card_says_what_it_is(finished_runs
     )
     seen = json.loads(read_metadata(output / "sam.safetensors")["seen"])
     assert f"{len(seen['trained'])} images that they were trained on" in card and "no medical device" in card
+
+
+@pytest.mark.parametrize(
+    ("parts", "does", "not_said"),
+    [
+        (["coarse"], "A coarse network finds the lesion in a breast-ultrasound image.", "Segment Anything"),
+        (["sam"], "A Segment Anything model redraws the coarse mask", "A coarse network"),
+        (["coarse", "sam"], "image, a Segment Anything model redraws its boundary.", "coarse=mask"),
+    ],
+)
+def test_the_card_says_what_is_there_and_what_is_not_known_of_patients(finished_runs, parts, does, not_said):
+    summary, said = read_json(run_of(finished_runs, "e2e") / "summary.json"), {part: {} for part in parts}
+    card = model_card(summary, [], said)
+    assert does in card and not_said not in card and "no patient is in two parts" in card
+    for part in ("train", "val", "test"):
+        summary["data"][part]["patients"] = 0
+    card = model_card(summary, [], said)
+    assert "no patient is in two parts" not in card
+    assert "patients are not named, so images of one patient may be in two parts; near-duplicates were kept" in card
 
 
 def test_a_run_that_is_not_finished_and_a_full_folder_are_refused(finished_runs, packed, tmp_path):

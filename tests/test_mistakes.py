@@ -33,6 +33,7 @@ output_root=/proc/nowhere                           → /proc/nowhere/cache.*ano
 +foo=1                                              → foo
 foo=1                                               → foo.*--cfg job
 phase=sam phase.early_epochs=2                      → phase\.early_epochs needs phase\.real_ratio above 0
+phase=sam model/sam=medsam                          → give model\.sam\.checkpoint=auto.*or model\.sam\.checkpoint=<
 phase.epohcs=3                                      → phase\.epohcs.*phase\.epochs
 ~fold                                               → fold is needed
 ~dataset.reader                                     → ~dataset\.reader.*deletion

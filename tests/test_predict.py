@@ -21,7 +21,7 @@ from conftest import Finished
 from data_layouts import disc, save, texture
 from dicom_files import ultrasound_region, write_dicom
 from reruns import GROUP, Command
-from ultrarefiner import cli, files, predict
+from ultrarefiner import cli, files, predict, segmenter
 from ultrarefiner.files import read_csv
 from ultrarefiner.results import prediction
 from ultrarefiner.results.measures import describe, separate
@@ -256,6 +256,27 @@ def test_other_settings_other_results_other_folder(predicted, scans, tmp_path, p
     assert not [name for name in changed if not re.search(r"b\.png|\.csv", name)]
 
 
+def test_an_image_has_one_row_whatever_its_results_are_called(predicted, scans, tmp_path):
+    def ids() -> list[str]:
+        rows = read_csv(tmp_path / "out" / "predictions.csv")
+        assert {row["id"] for row in read_csv(tmp_path / "out" / "lesions.csv")} <= {row["id"] for row in rows}
+        return [row["id"] for row in rows]
+
+    assert predicted().status == 0 and ids() == NAMES
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "masks").rglob("*.png")}
+    (scans / "a.jpg").rename(scans / "z.jpg")
+    (scans / "inner" / "b.png").unlink()
+    save(scans / "b.jpg", texture(3))  # what was b is b.png now
+    done = predicted()
+    others = [name for name in NAMES if name != "b"]  # those of files that are gone too: nothing is lost
+    assert done.status == 0 and f"\n{len(NAMES) + 2} images:" in done.out, done.out
+    assert sorted(ids()) == sorted([*others, "b.png", "b.jpg", "z"])
+    assert predicted(f"images={scans}/b.jpg").status == 0
+    assert sorted(ids()) == sorted([*others, "b.png", "b", "z"])
+    kept = {path for path in drawn if path.stat().st_mtime_ns == drawn[path]}
+    assert kept >= {path for path in drawn if path.stem not in ("a", "b")}  # and are not drawn again
+
+
 def test_results_of_others_are_never_overwritten(predicted, scans, tmp_path):
     """A folder with masks of its own is no place for ours."""
     data = tmp_path / "data"
@@ -321,8 +342,9 @@ def test_one_process_at_a_time(predicted, scans, tmp_path):
         (["device=toaster"], "device=toaster is not there"),
         (["batch_size=0"], "batch_size must be 1 or more"),
         (["spacing=[0.1]"], "spacing must be the height and the width"),
+        (["spacing=-1"], "spacing must be the height and the width"),
+        (["spacing=[0.1,wide]"], "spacing must be the height and the width"),
         (["extras=[sounds]"], "extras must be of probabilities, overlays, got sounds"),
-        (["spacing=0.1"], "spacing=0.1: this is a list, give spacing=[0.1]"),
         (["safety.min_area=3", "safety.max_area=2"], "safety.min_area=3 is above safety.max_area=2"),
         (["safety.min_dice=2"], "safety.min_dice must be between 0 and 1"),
         (["safety.min_dise=0"], "did you mean safety.min_dice"),
@@ -333,6 +355,36 @@ def test_one_process_at_a_time(predicted, scans, tmp_path):
 def test_mistakes_end_in_one_sentence(predicted, scans, arguments, words):
     done = predicted(*arguments)
     assert done.status == 1 and words in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+@pytest.mark.parametrize("wrong", ["spacing=[0.1]", "tta=flop", "extras=[sounds]", "lesions=all"])
+def test_values_are_checked_before_networks_are_loaded(predicted, scans, monkeypatch, wrong):
+    monkeypatch.setattr(Segmenter, "load", lambda *given, **options: pytest.fail("they were loaded"))
+    assert predicted(wrong).status == 1
+
+
+def test_one_number_is_the_height_and_the_width_of_a_pixel(predicted, scans, tmp_path):
+    assert predicted("spacing=0.1").status == 0 and predicted("spacing=[0.1,0.1]").status == 0  # the same settings
+    row = next(row for row in read_csv(tmp_path / "out" / "predictions.csv") if int(row["lesions"]))
+    assert float(row["longest_mm"]) == pytest.approx(0.1 * float(row["longest_px"]), abs=0.01)
+
+
+def test_a_folder_goes_on_in_the_precision_it_was_begun_in(predicted, scans, tmp_path, monkeypatch):
+    """Measured anew on a busy machine `auto` may be another one, and the same command is to continue."""
+    for measured in ("bf16-mixed", "32-true"):
+        monkeypatch.setattr(segmenter, "fastest", lambda device, frame, measured=measured: measured)
+        done = predicted("extras=[]")
+        assert done.status == 0, done.err
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["precision"] == "bf16-mixed"
+    refused = predicted("precision=32-true")
+    assert refused.status == 1 and "was made with precision=" in refused.err
+
+
+def test_pictures_of_an_earlier_call_are_no_images(predicted, scans, tmp_path):
+    assert predicted(f"output={scans}/inner/earlier").status == 0
+    done = predicted()
+    assert done.status == 0 and "6 images" in done.out and "3 other files left alone" in done.out, done.out
+    assert [row["id"] for row in read_csv(tmp_path / "out" / "predictions.csv")] == NAMES
 
 
 @pytest.mark.parametrize(

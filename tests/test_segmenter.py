@@ -83,6 +83,22 @@ def test_what_is_said_of_a_mask_fits_it(e2e):
     assert x2 - x1 <= 2 * width and y2 - y1 <= 2 * height
 
 
+def test_images_as_python_users_have_them(e2e, tmp_path):
+    _, data, segmenter = e2e
+    image, _ = data.reader.read(data.split.test[0])
+    picture = Image.fromarray(image)
+    picture.save(tmp_path / "x.png")
+    deep = Image.fromarray(image.astype(np.uint16) * 257)
+    expected = segmenter(image).mask
+    for one in (picture, picture.convert("RGB"), picture.convert("RGBA"), deep, tmp_path / "x.png"):
+        assert np.array_equal(segmenter(one).mask, expected)
+    assert np.array_equal(segmenter.batch([picture, str(tmp_path / "x.png")])[1].mask, expected)
+    with pytest.raises(TypeError, match="a numpy array, a PIL image or a path, got Tensor"):
+        segmenter(torch.zeros(60, 60))
+    with pytest.raises(UserError, match=r"nope\.png does not exist$"):
+        segmenter("nope.png")
+
+
 def test_an_image_of_any_shape_and_in_colour(e2e):
     _, data, segmenter = e2e
     image, _ = data.reader.read(data.split.test[0])

@@ -111,6 +111,15 @@ def test_a_mistake_is_one_clear_sentence(mistake, command, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("config.yaml"))
 
 
+def test_the_command_that_builds_what_is_missing_finds_the_same_options(command, tmp_path):
+    (tmp_path / "options" / "roi").mkdir(parents=True)
+    (tmp_path / "options" / "roi" / "mine.yaml").write_text("defaults: [on, _self_]\n")
+    given = [*MICRO, f"output_root={tmp_path}/out", "upstream=require", "roi=mine", "protection=roi_on"]
+    done = command("--config-dir", f"{tmp_path}/options", *given)
+    assert f"ultrarefiner.train --config-dir={tmp_path}/options phase=" in done.err, done.err
+    assert " roi=mine" in done.err
+
+
 def busbra(root, cases: int = 20):
     """A small data set in BUS-BRA's layout, of phantoms."""
     from ultrarefiner.data.phantom import make_phantom

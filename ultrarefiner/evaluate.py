@@ -74,9 +74,12 @@ def help_text() -> str:
 
 def _evaluate(cfg: DictConfig) -> None:
     from ultrarefiner.assess import assess
-    from ultrarefiner.results import tables
+    from ultrarefiner.results import gathered, tables
 
     content, folder = assess(cfg)
+    who = ", refined by ".join(str(one) for one in (cfg.predictions, cfg.checkpoint) if one is not None)
+    part = "all parts" if cfg.split == "all" else f"{cfg.split}, fold {cfg.fold}"
+    print(f"{who} on {cfg.dataset.name}, {part}: {content['cases']} cases")
     rows = [
         {"mask": name, "missed": mask["lesion"]["missed"]}
         | {column.key: mask["lesion"][column.key] for column in tables.COLUMNS}
@@ -85,6 +88,8 @@ def _evaluate(cfg: DictConfig) -> None:
     print(tables.terminal(rows, (tables.Column("mask", "mask"), *tables.COLUMNS, tables.Column("missed", "missed"))))
     if content["differences"]:
         print(tables.terminal([tables.difference(*change) for change in content["differences"].items()]))
+    if content["seen"]:
+        print(f"Not a fair test: {gathered.unfair(content['seen'])}")
     print(f"{folder}/\n  tables.md     all of it\n  cases.csv     every case")
 
 

@@ -33,7 +33,7 @@ Values
   masks=PATH             coarse masks with the names of their images, in place of the coarse network's
   lesions=together       each: redraw each lesion of an image by itself
   tta=[flips,scales]     mean over mirrored and zoomed views, or one of them; none by default
-  spacing=[0.1,0.1]      height and width of a pixel in mm, of images that do not say it
+  spacing=0.1            mm per pixel, or [0.1,0.12]: height and width, of images that do not say it
   extras=[probabilities,overlays]  what is written beside masks and tables
   dicom=true             of DICOM images a segmentation (SEG) and a measurement report (SR) as well
   precision=auto         bf16-mixed where it is faster here, else 32-true, or one of both
@@ -52,7 +52,7 @@ class PredictConfig:
     masks: str | None = None
     lesions: str = setting("together", one_of=("together", "each"))
     tta: Any = None
-    spacing: list[float] | None = None
+    spacing: Any = None
     extras: list[str] = field(default_factory=lambda: ["probabilities", "overlays"])
     dicom: bool = False
     batch_size: int = setting(1, at_least=1)
@@ -72,24 +72,24 @@ def _predict(cfg: DictConfig) -> None:
 
     from ultrarefiner.data.scans import CoarseMasks, find_scans
     from ultrarefiner.results.dicom_objects import check_installed, write_objects
-    from ultrarefiner.results.prediction import Predictions, alone_in, finish, predict, progress
+    from ultrarefiner.results.prediction import Predictions, alone_in, finish, predict, progress, settled
 
     warnings.filterwarnings("ignore", module=r"PIL|pydicom|highdicom")  # what is wrong with a file is said at the end
     check_installed(cfg.dicom)
-    found = find_scans(cfg.images, output := Path(cfg.output).expanduser())
+    plain: Any = settled(OmegaConf.to_container(cfg), output := Path(cfg.output).expanduser())
+    found = find_scans(cfg.images, output)
     masks = None if cfg.masks is None else CoarseMasks(cfg.masks, cfg.images)
     print(f"{len(found.scans)} images in {cfg.images}, {found.others} other files left alone", flush=True)
 
     from ultrarefiner.segmenter import Segmenter, checkpoint_file, content_hash
 
-    plain: Any = OmegaConf.to_container(cfg)
     options = {key: plain[key] for key in ("lesions", "tta", "precision")} | {"safety": Safety(**plain["safety"])}
     segmenter = Segmenter.load(cfg.checkpoint, cfg.device, cfg.backend, **options)
     settings = {key: plain[key] for key in ("lesions", "tta", "spacing", "safety")}
     settings |= {"precision": segmenter.precision, "coarse": "network" if masks is None else "masks"}
     settings["checkpoint"] = content_hash(checkpoint_file(cfg.checkpoint, cfg.backend))
     with alone_in(output), progress(sum(scan.frames for scan in found.scans)) as step:
-        results = Predictions(output, settings, cfg.spacing, cfg.extras)
+        results = Predictions(output, settings, plain["spacing"], cfg.extras)
         problems = found.problems + predict(segmenter.batch, found.scans, results, cfg.batch_size, masks, step)
         others = write_objects(found.scans, results, settings, problems) if cfg.dicom else 0
     finish(results, problems, others)

@@ -1,7 +1,7 @@
 """A trained pipeline as one object: image in, mask out, in numpy. Prediction, evaluation, demo and export use it.
 
 segmenter = Segmenter.load("outputs/busbra/lite/e2e-...")
-result = segmenter(image)              # result.mask, result.coarse, result.probability, ...
+result = segmenter(image)              # result.mask, result.coarse, ...; result.box: where SAM looked
 result = segmenter(image, coarse=mask) # redraw the mask of any other tool
 """
 
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, UInt8
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
 from torch import Tensor
 
 from ultrarefiner.data.dataset import as_tensor
-from ultrarefiner.data.images import load_colours, luminance, to_square
+from ultrarefiner.data.images import eight_bits, load_colours, luminance, picture_pixels, to_square
 from ultrarefiner.data.mask_maps import coarse_map
 from ultrarefiner.data.views import mean, views
 from ultrarefiner.errors import UserError
@@ -36,6 +37,8 @@ from ultrarefiner.settings import COARSE, PREDICTING, SAM
 
 Picture = NDArray[Any]
 """(H,W) or (H,W,3), 8 bits; checked where it is used."""
+Given = Any
+"""A `Picture`, a PIL image, or the path of a PNG, JPEG, TIFF, BMP or DICOM file; checked where it is used."""
 CoarseMask = NDArray[Any]
 """(H,W): a mask (bool), or probabilities in [0, 1]."""
 BACKENDS = ("torch", "onnx")
@@ -127,25 +130,27 @@ class Segmenter:
         cascade.load_state_dict(state)
         return cls(cascade, cfg.model.image_size, cfg.model.coarse_size, device, **options)
 
-    def __call__(self, image: Picture | str | Path, coarse: CoarseMask | None = None) -> Segmentation:
+    def __call__(self, image: Given, coarse: CoarseMask | None = None) -> Segmentation:
         """Segment one image.
 
         Args:
-            image: grey or colour, 0 to 255, of any size; or the path of a PNG, JPEG, TIFF, BMP or DICOM file.
+            image: grey or colour, 0 to 255, of any size; a PIL image; or the path of a PNG, JPEG, TIFF, BMP or DICOM
+                file.
             coarse: a mask, or a probability map in [0, 1], of the image's size, in place of the coarse network's.
                 A mask becomes as soft as a network's, see `data.mask_maps.coarse_map`.
         """
-        pixels = load_colours(Path(image)) if isinstance(image, str | Path) else image
-        return self.batch([pixels], None if coarse is None else [coarse])[0]
+        return self.batch([image], None if coarse is None else [coarse])[0]
 
     @torch.inference_mode()
-    def batch(self, images: Sequence[Picture], coarse: Sequence[CoarseMask] | None = None) -> list[Segmentation]:
+    def batch(self, images: Sequence[Given], coarse: Sequence[CoarseMask] | None = None) -> list[Segmentation]:
         """Segment several images, of any sizes, in one pass; see `__call__`.
 
         Raises:
+            TypeError: an image is nothing of the kind.
             ValueError: an image is not 8-bit grey or colour, or a coarse mask has another size than its image.
-            UserError: there is neither a coarse network nor a coarse mask.
+            UserError: there is neither a coarse network nor a coarse mask; a file is not there, or damaged.
         """
+        images = [_pixels(image) for image in images]
         pictures = [_grey(image) for image in images]
         for mask, picture in zip(coarse or (), pictures, strict=coarse is not None):
             if mask.shape != picture.shape:
@@ -342,6 +347,18 @@ def _untrained(cfg: Any, parts: Collection[str], files: Mapping[str, Path] = Map
             network.update({name: none for name, none in _FROM_FILES.items() if name in network})
     # Frozen, whatever was trained: SAM's image encoder then takes its fastest form.
     return build_cascade(cfg, parts, files).requires_grad_(False)
+
+
+def _pixels(image: Given) -> Picture:
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, Image.Image):
+        return eight_bits(picture_pixels(image), Path("the image"))
+    if not isinstance(image, str | Path):
+        raise TypeError(f"an image must be a numpy array, a PIL image or a path, got {type(image).__name__}")
+    if not Path(image).exists():
+        raise UserError(f"{image} does not exist")
+    return load_colours(Path(image))
 
 
 def _grey(image: Picture) -> UInt8[np.ndarray, "H W"]:

@@ -8,6 +8,7 @@ import torch
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from ultrarefiner.phases import losses
+from ultrarefiner.phases.coarse import coarse_terms
 from ultrarefiner.refine.roi import FullFrame, paste
 from ultrarefiner.results import metrics
 
@@ -38,6 +39,19 @@ def test_cross_entropy_of_two_classes_is_bce_of_their_difference():
     logits, target = masks()
     two = torch.cat([torch.zeros_like(logits), logits], 1)
     torch.testing.assert_close(losses.cross_entropy(two, target), losses.bce(logits, target))
+
+
+def test_the_coarse_loss_takes_16_bit_logits_as_the_numbers_that_they_are():
+    """A false pixel of which the network is sure still has a gradient; in bfloat16 its probability rounds to 1."""
+    logits = torch.zeros(1, 2, 8, 8, dtype=torch.bfloat16)
+    logits[:, 1] = torch.linspace(-12, 12, 64).view(8, 8)
+    target, found = torch.zeros(1, 1, 8, 8), []
+    for given in (logits.requires_grad_(), logits.detach().float().requires_grad_()):
+        loss = coarse_terms(given, target, 0.0, 1.0)["loss"]
+        loss.backward()
+        found.append((loss, given.grad.float()))
+    assert torch.equal(found[0][0], found[1][0]) and (found[0][1] != 0).all()
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])

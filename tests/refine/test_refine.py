@@ -154,6 +154,14 @@ def test_distance_prompt_is_undecided_at_the_boundary_and_certain_away_from_it()
 
 
 @pytest.mark.parametrize("style", MASK_PROMPTS)
+def test_mask_prompts_are_the_same_under_autocast(style):
+    prob = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = MASK_PROMPTS[style](prob, 64)
+    assert torch.equal(found, MASK_PROMPTS[style](prob, 64))
+
+
+@pytest.mark.parametrize("style", MASK_PROMPTS)
 def test_mask_prompts_stay_in_range_and_keep_the_sides(style):
     logits = MASK_PROMPTS[style](ellipse(64, 0.4, 0.6, 0.2, 0.1), 128)
     assert logits.shape == (1, 1, 128, 128) and logits.min() >= -10.001 and logits.max() <= 10.001
@@ -164,6 +172,23 @@ def test_sharpen_is_a_tempered_sigmoid():
     prob = random_maps()
     assert sharpen(prob, 1.0) is prob
     torch.testing.assert_close(sharpen(prob, 0.5), torch.sigmoid(torch.logit(prob) / 0.5))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.006, 0.001])
+def test_sharpen_is_finite_at_every_temperature(temperature):
+    """In float32 both powers of an undecided pixel are 0 from about T = 0.006 on."""
+    values = torch.tensor([0.0, 1e-6, 0.3, 0.49, 0.5, 0.51, 0.7, 1.0])[None, None, None]
+    single, double = values.clone().requires_grad_(), values.double().requires_grad_()
+    sharp = sharpen(single, temperature)
+    sharp.sum().backward()
+    expected = torch.sigmoid(torch.logit(double) / temperature)
+    expected[..., 1:-1].sum().backward()
+    torch.testing.assert_close(sharp.double(), expected, rtol=1e-4, atol=1e-6)
+    assert single.grad.isfinite().all()
+    torch.testing.assert_close(
+        single.grad[..., 1:-1].double(), double.grad[..., 1:-1], rtol=1e-3, atol=1e-6 / temperature
+    )
+    assert gradcheck(lambda p: sharpen(p, temperature), values[..., 2:-1].double().requires_grad_(), eps=1e-8)
 
 
 def test_select_is_the_softmax_average_and_commutes_with_resampling():
@@ -349,6 +374,20 @@ def test_uncertainty_gate_follows_its_formula():
     )
 
 
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+def test_gates_have_a_gradient_where_the_coarse_network_is_undecided(gamma):
+    """A power below 1 of |2P − 1| = 0 has an infinite slope."""
+    values = torch.tensor([0.0, -1e-9, 1e-6, 2.0, -3.0])[None, None, None]
+    for gate in (UncertaintyGate(gamma), HybridGate(gamma)):
+        coarse = values.clone().requires_grad_()
+        final = gate(coarse, torch.ones(1, 1, 1, 5), torch.ones(1, 1, 1, 5))
+        final.sum().backward()
+        assert final.isfinite().all() and coarse.grad.isfinite().all()
+    certainty = (2 * torch.sigmoid(values) - 1).abs().pow(gamma)
+    found = UncertaintyGate(gamma).gate(values, values, values)
+    torch.testing.assert_close(found, 0.1 + 0.9 * (1 - certainty), rtol=0, atol=1e-6**gamma)
+
+
 def test_a_shut_gate_leaves_the_coarse_mask_where_it_is():
     """Known mistake 3 again: beside the refined mask lies the coarse one, enlarged without a shift."""
     refiner = Refiner(LinearSam(), FullFrame(), Prompts(DirectMaskPrompt()))
@@ -397,6 +436,22 @@ def test_finite_differences_through_the_whole_refiner(roi, style):
     image = torch.rand(1, 1, 24, 24, dtype=torch.float64)
     logit = (3 * ellipse(10, 0.45, 0.55, 0.2, 0.15) - 1.5).double().requires_grad_()
     assert gradcheck(lambda z: refiner(image, torch.sigmoid(z)).logits, logit)
+
+
+@pytest.mark.parametrize("roi", ["on", "off"])
+@pytest.mark.parametrize("gate", [None, UncertaintyGate()])
+def test_coarse_logits_of_16_bits_are_refined_in_float32(gate, roi):
+    """In bfloat16 P is exactly 1 from a logit of 6.2 on, and its slope 0."""
+    refiner = Refiner(LinearSam().float(), ROIS[roi], Prompts(DirectMaskPrompt()))
+    image, coarse = torch.rand(1, 1, 24, 24), (8 * (2 * ellipse(10, 0.5, 0.5, 0.2, 0.2) - 1)).bfloat16()
+    found = []
+    for logit in (coarse.requires_grad_(), coarse.detach().float().requires_grad_()):
+        logits = Cascade(None, refiner, gate).refine(image, logit).logits
+        logits.sum().backward()
+        found.append((logits, logit.grad.float()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] != 0).all()
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0.01, atol=1e-6)
 
 
 @pytest.mark.parametrize("roi", ["on", "off"])

@@ -12,12 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
 
-from conftest import MICRO
-from reruns import GROUP, Command
+from conftest import MICRO, compose
+from reruns import GROUP, Command, server
 from trouble import FOLDER, TROUBLE
-from ultrarefiner import files
-from ultrarefiner.runs import checkpoints
+from ultrarefiner import files, ranks
+from ultrarefiner.data.dataset import EpochSampler
+from ultrarefiner.models.efficient_unet import EfficientUNet
+from ultrarefiner.phases.sam import SamPhase
+from ultrarefiner.runs import assemble, checkpoints
+from ultrarefiner.runs.ddp import SharedStatistics
 
 pytestmark = pytest.mark.xdist_group(GROUP)  # on one worker, so that `one` and `two` are trained once
 
@@ -142,6 +149,104 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, float]:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def networks() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Networks in training and a batch of unlike images for each; the same ones in every process."""
+    torch.manual_seed(0)
+    signals = nn.Sequential(nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2, affine=False))
+    volumes = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2, momentum=None, track_running_stats=False))
+    found = {
+        "unet": (EfficientUNet(64, pretrained=False), torch.rand(4, 1, 64, 64)),
+        "signals": (signals, torch.rand(4, 1, 9)),
+        "volumes": (volumes, torch.rand(4, 1, 5, 5, 5)),
+    }
+    for _, x in found.values():
+        x[2:] *= 0.3
+    return {name: (network.double().train(), x.double()) for name, (network, x) in found.items()}
+
+
+def pass_through(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What a network gives, its gradients and buffers."""
+    out = network(x)
+    (out**2).sum().backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters()}
+    return {"out": out.detach(), **gradients, **dict(network.named_buffers())}
+
+
+def as_one_of_two(rank: int, folder: Path) -> None:
+    """The part of one of two processes: every second image."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    for name, (network, x) in networks().items():
+        found = pass_through(SharedStatistics().apply(network), x[rank::2])
+        torch.save(found, folder / f"{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_batch_statistics_are_those_of_one_process(tmp_path):
+    """Of every kind of layer; most of those in EfficientUNet are timm's, with an activation inside."""
+    processes = [server.Process(target=as_one_of_two, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(280)
+        process.kill()
+    for name, (network, x) in networks().items():
+        expected = pass_through(network, x)
+        parts = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, 1)]
+        for what, value in expected.items():
+            one, two = (part[what] for part in parts)
+            if what == "out":
+                one = two = torch.stack([one, two], 1).flatten(0, 1)
+            elif what.startswith("gradient"):
+                one = two = one + two
+            for found in (one, two):
+                torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=f"{name}: {what}")
+
+
+class Doubled(nn.BatchNorm2d):
+    """Does something else than its base."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.BatchNorm2d):
+    """Does nothing else than its base."""
+
+
+def test_layers_are_exchanged_and_put_back_and_strange_ones_are_named(caplog):
+    kinds = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d, Renamed, Doubled, Doubled]
+    network, x = nn.Sequential(*(kind(2) for kind in kinds)), torch.rand(2, 2, 3, 3)
+    expected = network[3].eval()(x)
+    shared = SharedStatistics()
+    for _ in range(2):
+        shared.apply(network)
+    assert [type(layer) in kinds for layer in network] == [False] * 5 + [True] * 2
+    assert torch.equal(network[3](x), expected)
+    shared.revert(network)
+    assert [type(layer) for layer in network] == kinds
+    assert [record.message.count("class Doubled,") for record in caplog.records] == [1, 1]
+
+
+def test_each_process_has_the_margins_of_its_own_cases(monkeypatch):
+    """Where K masks share a crop, its margins are drawn in the step, which has the same seed in all processes."""
+    phase, found = assemble.build_phase(compose("phase=sam"), SamPhase, {}), []
+    look = phase.cascade.refiner.look
+    monkeypatch.setattr(phase.cascade.refiner, "look", lambda *a: (found.append(a[2]), look(*a))[1])
+    order = [[case for _, case in EpochSampler(4, 0, True, *place)] for place in ((0, 1), (0, 2), (1, 2))]
+    for place, cases in zip(((0, 1), (0, 2), (1, 2)), order, strict=True):
+        monkeypatch.setattr(ranks, "rank", lambda place=place: place[0])
+        monkeypatch.setattr(ranks, "size", lambda place=place: place[1])
+        mask, prob = torch.ones(len(cases), 1, 64, 64), torch.rand(len(cases), 2, 64, 64)
+        torch.manual_seed(1)
+        phase.terms({"image": mask, "mask": mask, "coarse_mask": mask, "prob": prob, "aspect": torch.ones(len(cases))})
+    of_case = dict(zip(order[0], found[0], strict=True))
+    assert len({tuple(margins.tolist()) for margins in of_case.values()}) == 4
+    for cases, margins in zip(order[1:], found[1:], strict=True):
+        assert torch.equal(margins, torch.stack([of_case[case] for case in cases]))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ultrarefiner.refine.moments import precise
 from ultrarefiner.refine.refiner import Refinement, Refiner, masks_per_image
 
 
@@ -27,7 +28,11 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def lesion_logit(logits: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 1 H W"]:
-    """The lesion's logit against the background's: its sigmoid is softmax(logits)[:, 1]."""
+    """The lesion's logit against the background's: its sigmoid is softmax(logits)[:, 1].
+
+    In float32 at least: in 16 bits P rounds to 1 from a logit of about 6 on, where the loss then has no gradient.
+    """
+    logits = precise(logits)
     return logits[:, 1:2] - logits[:, 0:1]
 
 
@@ -82,7 +87,7 @@ class Cascade(nn.Module):
     ) -> Refinement:
         """Redraw coarse masks given as the lesion's logits, one or several for each image; see `Refiner.forward`."""
         assert self.refiner is not None
-        coarse_logit = scale_gradient(coarse_logit, self.grad_scale)
+        coarse_logit = scale_gradient(precise(coarse_logit), self.grad_scale)
         refined: Refinement = self.refiner(image, torch.sigmoid(coarse_logit), boxes, aspect)
         if self.gate is None:
             return refined

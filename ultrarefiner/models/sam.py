@@ -311,6 +311,6 @@ def load_sam(
 def _what_to_fetch(family: str) -> str:
     release = RELEASES[family]
     return (
-        f"the SAM family '{family}' needs its weights: give checkpoint=auto, which fetches {release.name} from "
-        f"{release.url}, or checkpoint=<path of {release.name}>."
+        f"the SAM family '{family}' needs its weights: give model.sam.checkpoint=auto, which fetches {release.name} "
+        f"from {release.url}, or model.sam.checkpoint=<path of {release.name}>."
     )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultrarefiner import ranks
 from ultrarefiner.models.cascade import Cascade, soft_logit
 from ultrarefiner.phases import losses
 from ultrarefiner.phases.phase import OptimizerFactory, Phase
@@ -73,7 +74,8 @@ class SamPhase(Phase):
         assert self.cascade.refiner is not None
         where, margins = batch.get("where", batch["prob"]).flatten(0, 1)[:, None], batch.get("margins")
         if margins is None and several > 1:
-            margins = torch.rand(images, 4).to(coarse)
+            # All processes draw the same numbers, those of one; the sampler deals out its cases in turn.
+            margins = torch.rand(images * ranks.size(), 4)[ranks.rank() :: ranks.size()].to(coarse)
         margins = None if margins is None else MARGIN * margins
         boxes = self.cascade.refiner.look(torch.sigmoid(soft_logit(where)), batch["image"], margins, batch["aspect"])
         refined = self.cascade.refine(batch["image"], soft_logit(coarse), boxes, batch["aspect"])

@@ -36,7 +36,8 @@ class UncertaintyGate(nn.Module):
 
     def gate(self, coarse: Tensor, refined: Tensor, image: Tensor) -> Tensor:
         """The gate in [low, high], (B,1,S,S)."""
-        certainty = (2 * torch.sigmoid(coarse) - 1).abs().pow(self.gamma)
+        # At P = 0.5 a power below 1 has no finite slope.
+        certainty = (2 * torch.sigmoid(coarse) - 1).abs().clamp(min=1e-6).pow(self.gamma)
         return self.low + (self.high - self.low) * (1 - certainty)
 
     def forward(

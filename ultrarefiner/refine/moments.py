@@ -71,7 +71,9 @@ def sharpen(prob: Float[Tensor, "B 1 H W"], temperature: float) -> Float[Tensor,
     """sigmoid(logit(P) / temperature) without the logit: < 1 pushes a timid map towards 0 and 1, 1 is the identity."""
     if temperature == 1:
         return prob
-    foreground, background = prob ** (1 / temperature), (1 - prob) ** (1 / temperature)
+    # The larger of P and 1 - P becomes 1, which changes neither the ratio nor its gradient: both powers may else be 0.
+    top = torch.maximum(prob, 1 - prob).detach()
+    foreground, background = (prob / top) ** (1 / temperature), ((1 - prob) / top) ** (1 / temperature)
     return foreground / (foreground + background)
 
 

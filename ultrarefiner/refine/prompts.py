@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ultrarefiner.refine.moments import EMPTY_MASS, mask_moments, pixel_centres, precise, sharpen, spread_box
+from ultrarefiner.refine.moments import (
+    EMPTY_MASS,
+    full_precision,
+    mask_moments,
+    pixel_centres,
+    precise,
+    sharpen,
+    spread_box,
+)
 
 # Width of the soft box's edge as a fraction of the frame: two pixels of a 224-pixel map.
 BOX_EDGE = 0.01
@@ -66,7 +74,8 @@ def gaussian_blur(prob: Float[Tensor, "B 1 H W"], sigma: float) -> Float[Tensor,
         kernel = torch.exp(-0.5 * (offsets / (sigma * size)) ** 2)
         kernel = (kernel / kernel.sum()).reshape([1, 1, -1, 1] if axis == 2 else [1, 1, 1, -1])
         padding = [0, 0, radius, radius] if axis == 2 else [radius, radius, 0, 0]
-        prob = F.conv2d(F.pad(prob, padding, mode="replicate"), kernel)
+        with full_precision(prob):
+            prob = F.conv2d(F.pad(prob, padding, mode="replicate"), kernel)
     return prob
 
 

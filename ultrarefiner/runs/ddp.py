@@ -1,6 +1,8 @@
 """What Lightning's trainer is told about several processes: how gradients and batch statistics are shared."""
 
 import inspect
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,8 +11,11 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.layer_sync import LayerSync
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ultrarefiner.ranks import size
+from ultrarefiner.ranks import rank, size
+
+log = logging.getLogger(__name__)
 
 
 def strategy(name: str, idle_parts: bool) -> str | Strategy:
@@ -43,40 +48,69 @@ class SharedStatistics(LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Exchange the layers' forward function; the parameters stay the optimiser's own."""
+        from timm.layers.norm_act import BatchNormAct2d  # in most of timm's backbones; ends with an activation
+
+        # By the forward function, which subclasses inherit.
+        known = {_BatchNorm.forward: SharedBatchNorm, BatchNormAct2d.forward: _SharedBatchNormAct}
+        alone = set()
         for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = SharedBatchNorm
+            kind: Any = type(module)
+            if issubclass(kind, _BatchNorm) and not issubclass(kind, SharedBatchNorm | nn.SyncBatchNorm):
+                if kind.forward in known:
+                    module.__class__ = _shared(kind, known[kind.forward])
+                else:
+                    alone.add(kind.__name__)
+        if alone and rank() == 0:
+            log.warning(
+                "each process normalises over its own samples in layers of class %s, which have a forward function of "
+                "their own: the result is not that of one process",
+                ", ".join(sorted(alone)),
+            )
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
         """The counterpart of `apply`."""
         for module in model.modules():
-            if type(module) is SharedBatchNorm:
-                module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+            if isinstance(module, SharedBatchNorm):
+                module.__class__ = type(module).__bases__[1]
         return model
 
 
-class SharedBatchNorm(nn.BatchNorm2d):
+class SharedBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm` for CPUs too; all processes have batches of the same size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B,C,H,W)."""
+        """Normalise (B,C,...)."""
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        others = [axis for axis in range(x.dim()) if axis != 1]
+        channels = [-1, *([1] * (x.dim() - 2))]
         count = x.numel() // x.shape[1] * size()
-        mean: Tensor = _Sum.apply(wide.sum((0, 2, 3))) / count
-        centred = wide - mean[:, None, None]
-        variance: Tensor = _Sum.apply((centred**2).sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), share)
+        mean: Tensor = _Sum.apply(wide.sum(others)) / count
+        centred = wide - mean.view(channels)
+        variance: Tensor = _Sum.apply((centred**2).sum(others)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), share)
         scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
-        shift = 0 if self.bias is None else self.bias[:, None, None]
-        return (centred * scale[:, None, None] + shift).to(x.dtype)
+        shift = 0 if self.bias is None else self.bias.view(channels)
+        return (centred * scale.view(channels) + shift).to(x.dtype)
+
+
+class _SharedBatchNormAct(SharedBatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)  # in evaluation timm's own, to the end
+        return self.act(self.drop(x)) if self.training else x  # type: ignore[operator]
+
+
+@cache
+def _shared(kind: type[_BatchNorm], how: type[SharedBatchNorm]) -> type[_BatchNorm]:
+    """That kind of layer, normalised over all processes."""
+    return type(f"Shared{kind.__name__}", (how, kind), {})
 
 
 class _Sum(torch.autograd.Function):

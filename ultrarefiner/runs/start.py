@@ -103,8 +103,11 @@ def missing(run: Run) -> UserError:
 
 def command(phase: str, more: Sequence[str] = ()) -> str:
     """The command line of the earlier phase: this one's, with what is said of `phase.NAME.` said of `phase.`."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    kept = [f"phase={phase}"]
+    overrides, kept = [], [f"phase={phase}"]
+    if HydraConfig.initialized():
+        overrides = list(HydraConfig.get().overrides.task)
+        sources = HydraConfig.get().runtime.config_sources
+        kept[:0] = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.startswith(f"phase.{phase}."):
