@@ -75,8 +75,6 @@ TUNED = {
 SECOND = {
     "coarse": "coarse network (Phase 1)",
     "phase2": "refined, after two epochs of Phase 2",
-    "coarse_e2e": "coarse network after one epoch of Phase 3",
-    "phase3": "the same, refined by the SAM of that Phase 3",
 }
 """Of the test cases of another fold."""
 SHIPPED, ITS_COARSE = "share", "mirrored_coarse"
@@ -193,6 +191,7 @@ def main() -> None:
         "tuned_cases": len(tuned),
         "second_cases": len(second),
         "second_patients": len({row["patient"] for row in second}),
+        "second_shared": len({row["id"] for row in second} & {row["id"] for row in val}),
     }
     filled = text.format(**counts, cite=CITATIONS["busbra"], **tables_of)
     write_atomically(DOCS / "results.md", filled.encode())
