@@ -113,7 +113,7 @@ def test_a_mistake_is_one_clear_sentence(mistake, command, tmp_path):
 
 def test_the_command_that_builds_what_is_missing_finds_the_same_options(command, tmp_path):
     (tmp_path / "options" / "roi").mkdir(parents=True)
-    (tmp_path / "options" / "roi" / "mine.yaml").write_text("defaults: [on, _self_]\n")
+    (tmp_path / "options" / "roi" / "mine.yaml").write_text('defaults: ["on", _self_]\n')
     given = [*MICRO, f"output_root={tmp_path}/out", "upstream=require", "roi=mine", "protection=roi_on"]
     done = command("--config-dir", f"{tmp_path}/options", *given)
     assert f"ultrarefiner.train --config-dir={tmp_path}/options phase=" in done.err, done.err
