@@ -110,6 +110,16 @@ def test_an_interrupted_evaluation_goes_on(call, e2e, tmp_path, monkeypatch):
     assert done.status == 1 and "another tolerances" in done.err
 
 
+def test_it_goes_on_in_the_precision_it_was_begun_in(call, e2e, tmp_path):
+    """`auto` is measured: another time another one may be the fastest, and the same command continues all the same."""
+    given = [f"checkpoint={e2e}", *MICRO, f"output={tmp_path}/a", "dataset.limit.test=2"]
+    assert call(*given, "precision=bf16-mixed").status == 0
+    assert call(*given).status == 0
+    settings = json.loads((tmp_path / "a" / "cases.jsonl").read_text().splitlines()[0])
+    assert settings["precision"] == "bf16-mixed"
+    assert "another precision" in call(*given, "precision=32-true").err
+
+
 def test_images_that_the_checkpoint_has_seen(call, e2e, tmp_path):
     arguments = (f"checkpoint={e2e}", *MICRO, "split=train", "dataset.limit.train=2", f"output={tmp_path}/a")
     done = call(*arguments)
@@ -243,7 +253,7 @@ def test_mistakes_are_one_sentence(call, e2e, folder, tmp_path):
         ([weights, *MICRO, "fold=9"], "fold=9"),
         ([weights], "dataset=NAME is needed, one of bus, "),
         ([weights, "dataset=phantom"], "give dataset.reader.size=VALUE"),
-        ([f"checkpoint={tmp_path}/none", *MICRO], "does not exist"),
+        ([f"checkpoint={tmp_path}/none", *MICRO, f"output={tmp_path}/new"], "does not exist"),
     ):
         done = call(*given)
         assert done.status == 1 and said in done.err and len(done.err.strip().splitlines()) == 1, (given, done.err)

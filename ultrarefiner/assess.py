@@ -17,8 +17,9 @@ from ultrarefiner.data.seen import Seen
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import sha256
 from ultrarefiner.models.sam_families import FAMILIES
+from ultrarefiner.precision import AUTO
 from ultrarefiner.results import report
-from ultrarefiner.results.assessment import Assessment, Drawn
+from ultrarefiner.results.assessment import LINES, Assessment, Drawn, read_lines
 from ultrarefiner.results.safety import Safety
 from ultrarefiner.runs import checkpoints, provenance
 from ultrarefiner.runs.assemble import build_fold
@@ -44,16 +45,19 @@ def assess(cfg: DictConfig) -> tuple[dict[str, Any], Path]:
     segmenter, file, said = None, None, {}
     pipeline = {"lesions": cfg.lesions, "tta": plain(cfg.tta), "safety": plain(cfg.safety)}
     if cfg.checkpoint is not None:
-        safety = Safety(**pipeline["safety"])
-        options = pipeline | {"safety": safety, "precision": cfg.precision}
-        segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
-        pipeline["precision"] = segmenter.precision
         file = checkpoint_file(cfg.checkpoint)
         said = checkpoints.said_of(file)
-        if segmenter.cascade.coarse is None and cfg.predictions is None:
-            raise UserError(f"{file} has no coarse network (phase=sam): give predictions=FOLDER, masks to refine")
     cfg.fold = cfg.fold if cfg.fold is not None else said["config"].get("fold", 0) if said else 0
     folder = _folder(cfg, file)
+    if file is not None:
+        precision = cfg.precision
+        if precision == AUTO and (folder / LINES).is_file():  # measured anew it may be another
+            precision = read_lines(folder / LINES)[0].get("precision", precision)
+        options = pipeline | {"safety": Safety(**pipeline["safety"]), "precision": precision}
+        segmenter = Segmenter.load(cfg.checkpoint, cfg.device, **options)
+        pipeline["precision"] = segmenter.precision
+        if segmenter.cascade.coarse is None and cfg.predictions is None:
+            raise UserError(f"{file} has no coarse network (phase=sam): give predictions=FOLDER, masks to refine")
     data = build_fold(cfg, segmenter.coarse_size if segmenter else FRAME)
     parts = PARTS if cfg.split == "all" else (cfg.split,)
     cases = [case for part in parts for case in data.split.part(part)]
