@@ -67,7 +67,8 @@ def test_files_that_are_refused(tmp_path):
     torch.save(state, path)
     with pytest.raises(UserError, match="of tiny, not of medsam"):
         load_sam("medsam", path)
-    with pytest.raises(UserError, match=r"model\.sam\.checkpoint=auto.*https.*or model\.sam\.checkpoint=<path of sam_vit_b_01ec64\.pth>"):
+    said = r"model\.sam\.checkpoint=auto.*https.*or model\.sam\.checkpoint=<path of sam_vit_b_01ec64\.pth>"
+    with pytest.raises(UserError, match=said):
         load_sam("vit_b")
     with pytest.raises(UserError, match="choose one of vit_b"):
         load_sam("vit_x")
