@@ -14,6 +14,7 @@ import numpy as np
 from page import table
 from real_cases import spread
 
+from ultrarefiner.data.cases import Case
 from ultrarefiner.data.folds import make_split
 from ultrarefiner.data.readers import BusBra
 from ultrarefiner.results.metrics import overlap
@@ -34,8 +35,9 @@ RULES = {
 POINT = 0.01
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def opened(description: str | None) -> tuple[BusBra, Segmenter, list[Case]]:
+    """What the command line names: the images, the pair without any rule, and the validation cases."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--checkpoint", default="shipped")
     parser.add_argument("--fold", type=int, default=0)
@@ -43,9 +45,14 @@ def main() -> None:
     chosen = parser.parse_args()
     reader, segmenter = BusBra(chosen.data_root), Segmenter.load(chosen.checkpoint, "cpu", safety=NONE)
     cases = make_split(reader.cases(), chosen.fold).val
+    return reader, segmenter, spread(cases, min(chosen.images, len(cases)))
+
+
+def main() -> None:
+    reader, segmenter, cases = opened(__doc__)
     gains: list[float] = []
     accepted: dict[str, list[bool]] = {rule: [] for rule in RULES}
-    for case in spread(cases, min(chosen.images, len(cases))):
+    for case in cases:
         image, truth = reader.read(case)
         found = segmenter(image)
         gains.append(overlap(found.mask, truth)["dice"] - overlap(found.coarse, truth)["dice"])

@@ -6,19 +6,12 @@ Redraws every image once, and mixes SAM's logits with the coarse ones in several
 Dice and HD95 of the mixed masks, and the share of images made worse and better than the coarse mask by more than 0.01.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from page import table
-from real_cases import spread
-from safety import NONE, POINT
+from safety import POINT, opened
 
-from ultrarefiner.data.folds import make_split
-from ultrarefiner.data.readers import BusBra
 from ultrarefiner.refine.gate import NoGate
 from ultrarefiner.results.metrics import scores
-from ultrarefiner.segmenter import Segmenter
 
 SHARES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.65, 1.0)
 
@@ -30,17 +23,10 @@ def logit(probability: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--checkpoint", default="shipped")
-    parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--images", type=int, default=1000)
-    chosen = parser.parse_args()
-    reader, segmenter = BusBra(chosen.data_root), Segmenter.load(chosen.checkpoint, "cpu", safety=NONE)
+    reader, segmenter, cases = opened(__doc__)
     segmenter.cascade.gate = NoGate()
-    cases = make_split(reader.cases(), chosen.fold).val
     found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
-    for case in spread(cases, min(chosen.images, len(cases))):
+    for case in cases:
         image, truth = reader.read(case)
         drawn = segmenter(image)
         coarse, sam = logit(drawn.coarse_probability), logit(drawn.probability)

@@ -195,7 +195,7 @@ def test_batch_statistics_are_those_of_one_process(tmp_path):
         process.kill()
     for name, (network, x) in networks().items():
         expected = pass_through(network, x)
-        parts = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, 1)]
+        parts = [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1)]
         for what, value in expected.items():
             one, two = (part[what] for part in parts)
             if what == "out":
