@@ -354,6 +354,20 @@ def test_fused_copy_follows_the_weights_and_stays_out_of_the_file(lite):
     torch.testing.assert_close(sam.encode(image).detach(), first, atol=1e-4, rtol=1e-4)
 
 
+def test_a_gelu_computed_with_its_layer_is_the_same_gelu(lite, monkeypatch):
+    """All GELUs of the frozen copy but those behind a sum; and what a machine without such operators computes."""
+    encoder = lite[0].image_encoder
+    encoder.hastens = True
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = encoder(image)
+        left = [name for name, module in encoder._copy[1].named_modules() if isinstance(module, torch.nn.GELU)]
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        apart = encoder(image)
+    assert len(left) == 2 and all(name.endswith("act3") for name in left)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
 def test_normalise():
     image = torch.tensor([[0.2, 0.6], [0.4, 0.2]])[None, None]
     torch.testing.assert_close(load_sam("litemedsam").normalise(image)[0, 2], torch.tensor([[0, 1], [0.5, 0]]))

@@ -1,5 +1,6 @@
 """TinyViT (Wu et al. 2022), the image encoder of LiteMedSAM, MobileSAM and SAM-HQ's tiny one, on their parameters."""
 
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ class LiteAttention(nn.Module):
 class LiteEncoder(ImageEncoder):
     """TinyViT with the package's parameter names; normalised image (B,3,S,S) → (B,256,64,64).
 
-    With `fused`, the copy that a frozen encoder runs on has convolutions that have taken up their batch norms, in
-    channels-last memory.
+    With `fused`, the copy that a frozen encoder runs on has convolutions that have taken up their batch norms and GELUs
+    and lies in channels-last memory.
     `early` gives SAM-HQ's features too: those behind the second stage.
     """
 
@@ -96,6 +97,7 @@ class LiteEncoder(ImageEncoder):
 
     def _hasten(self) -> None:
         _fuse(self)
+        _take_up_gelus(self)
         self.to(memory_format=torch.channels_last)
 
 
@@ -112,3 +114,46 @@ def _fuse(module: Any) -> None:
             setattr(module, name, child.fuse().requires_grad_(False))
         else:
             _fuse(child)
+
+
+def _take_up_gelus(module: nn.Module) -> None:
+    """Let every convolution and linear layer that a GELU follows compute it too; by the publisher's names of them."""
+    for name, layers in {"act1": ("conv1",), "act2": ("conv2",), "act": ("conv1", "conv2", "fc1"), "1": ("0",)}.items():
+        if isinstance(getattr(module, name, None), nn.GELU):
+            setattr(module, name, nn.Identity())
+            for layer in layers:
+                if hasattr(module, layer):
+                    setattr(module, layer, _WithGelu(getattr(module, layer)))
+    for child in module.children():
+        if not isinstance(child, _WithGelu):
+            _take_up_gelus(child)
+
+
+class _WithGelu(nn.Module):
+    """A layer and its GELU: on a CPU in one pass, by oneDNN's operators that torch's compiler uses for the same."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, (weight, bias) = self.layer, (self.layer.weight, self.layer.bias)
+        if not _one_pass(x.device.type, weight.dtype) or (torch.is_grad_enabled() and x.requires_grad):
+            return F.gelu(layer(x))  # these operators have no gradient
+        x = x.to(weight.dtype)
+        if isinstance(layer, nn.Linear):
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+        else:
+            how = (layer.padding, layer.stride, layer.dilation, layer.groups)
+            out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, "gelu", [], "none")
+        return out
+
+
+def _one_pass(device: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes layers of this kind, with what follows them, in the processor's own instructions."""
+    if device != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    low: bool = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or low
