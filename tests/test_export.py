@@ -204,6 +204,10 @@ def test_the_coarse_network_also_sees_the_mirrored_image(finished_runs, averaged
         torch.testing.assert_close(after.cascade.gate(coarse, refined, image[:1]), 0.75 * coarse + 0.25 * refined)
     card = (tmp_path / "pair" / "README.md").read_text()
     assert "It also sees the mirrored image. The share of SAM's logits in the final ones is 0.25." in card
+    given = [f"checkpoint={tmp_path}/pair", f"coarse=[{averaged}]", "bits=32", f"output={tmp_path}/more"]
+    assert execute(export.main, *given).status == 0
+    more = Segmenter.load(tmp_path / "more", "cpu").cascade.coarse
+    assert more.mirrored and len(more.members) == 4
     done = execute(export.main, f"checkpoint={averaged}", "share=2", f"output={tmp_path}/new")
     assert done.status == 1 and "share must be between 0 and 1, got 2" in done.err
 

@@ -57,7 +57,7 @@ def _report(cfg: DictConfig) -> None:
     folder, out = Path(cfg.runs).expanduser(), Path(cfg.output).expanduser()
     if cfg.list:
         runs = runs_in(folder)
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000  # a line for each run, for grep
         if runs:
             print(tables.terminal(listed(runs, folder), width=width))
         print(f"{status_counts(runs) or 'no runs'} in {folder}")

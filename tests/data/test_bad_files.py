@@ -158,6 +158,10 @@ REFUSED = {  # what is wrong: (how it is made, a word of the sentence beside the
     "truncated mask": (lambda r: cut(save(mask(r), detailed(60, 48))), r"masks/bad\.png cannot be read"),
     "image without mask": (lambda r: save(r / "images" / "bad.png", texture(50)), r"bad\.png is an image without its"),
     "mask without image": (lambda r: save(r / "masks" / "bad.png", disc(2)), r"bad\.png is a mask without its image"),
+    "an image and a mask that belong to nothing": (
+        lambda r: (save(r / "images" / "bad.png", texture(50)), save(r / "masks" / "worse.png", disc(2))),
+        r"bad\.png is an image without its mask .*worse\.png is a mask without its image",
+    ),
     "names that differ in case": (named("CASE_1.png"), r"CASE_1\.png|case_1\.png have the same name"),
     "names that differ in suffix": (
         lambda r: save(r / "images" / "case_1.bmp", texture(50)),

@@ -100,6 +100,17 @@ def test_folder_with_table(tmp_path):
     ]
 
 
+def test_folder_takes_the_names_of_nnunet(tmp_path):
+    root = write_folder(tmp_path, 2)
+    for number in range(2):
+        (root / "images" / f"case_{number}.png").rename(root / "images" / f"case_{number}_0000.png")
+    save(root / "masks" / "case_1_2.png", disc(2))
+    assert [(case.id, [mask.name for mask in case.masks]) for case in Folder(root).cases()] == [
+        ("case_0_0000", ["case_0.png"]),
+        ("case_1_0000", ["case_1.png", "case_1_2.png"]),
+    ]
+
+
 def test_folder_joins_further_lesions(tmp_path):
     root = write_folder(tmp_path, 2)
     (root / "masks" / "case_1.png").rename(root / "masks" / "case_1_mask.png")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -252,6 +253,32 @@ def test_the_list_tells_how_far_and_how_good(tmp_path, call):
     assert found["stopped"].best == 0.72  # of the refined mask, though the coarse one was better
     assert status == 0 and "1 finished" in out and "2 damaged" in out and "1 running" in out
     assert not (tmp_path / "report").exists()
+    lines = [line for line in out.splitlines() if "protection_roi_off" in line or line.startswith("done")]
+    assert len(lines) == 1 and "finished" in lines[0] and "3/" in lines[0]  # in a pipe a line for each run
+
+
+def test_images_without_a_patient_are_no_patients(tmp_path, call):
+    some = patients(0)
+    write_run(tmp_path, "seed=1", cases=[replace(case, patient=None) for case in some])
+    write_run(tmp_path, "seed=2", cases=[replace(case, patient=None) if case is some[0] else case for case in some])
+    write_run(tmp_path, "seed=3", cases=some)
+    for seed, words in ((1, "patients not named"), (2, "6 patients, 1 cases without"), (3, "6 patients")):
+        run = next(tmp_path.glob(f"*seed{seed}*"))
+        assert call(f"runs={run}", f"output={tmp_path / str(seed)}").status == 0
+        html = (tmp_path / str(seed) / "index.html").read_text()
+        assert f"on 12 images ({words})" in html and f"<dd>12 ({words})</dd>" in html
+        assert f"test 12 images ({words})" in html  # the checklist
+
+
+def test_two_lines_of_a_chart_never_look_alike(tmp_path, call):
+    for seed in range(5):
+        write_run(tmp_path / "runs", f"seed={seed}", f"phase.coarse_lr=1e-{seed + 2}")
+    assert call(f"runs={tmp_path / 'runs'}", f"output={tmp_path / 'out'}").status == 0
+    html = (tmp_path / "out" / "index.html").read_text()
+    chart = next(part for part in html.split("<figure") if "Validation Dice while training" in part)
+    for kind in ("line", "key"):
+        looks = re.findall(rf'class="({kind} [^"]*)"', chart)
+        assert len(looks) == 10 == len(set(looks))
 
 
 def test_settings_are_named_by_options_first(tmp_path):
@@ -304,7 +331,7 @@ def test_hostile_names_stay_text_and_nothing_is_fetched(tmp_path):
 def test_the_page_is_filled_from_the_runs(written):
     text = Elements((written / "index.html").read_text()).text
     assert "Fold 0".lower() in text.lower() and "torch 2" in text and "commit" in text
-    assert "12 images of 6 patients" in text and "for the authors" in text
+    assert "12 images (6 patients)" in text and "for the authors" in text
     assert "phase.coarse_lr" in text  # among the settings that differ
     assert "Not a fair test" not in text
 

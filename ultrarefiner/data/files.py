@@ -109,8 +109,9 @@ def require_pairs(images: Mapping[str, Path], masks: Mapping[str, object], image
     """Check that each image has its mask and each mask its image, both given by the same keys.
 
     Raises:
-        UserError: naming the first lone file and how many more there are.
+        UserError: naming the first lone file of each kind and how many more there are.
     """
+    faults = []
     for there, here, folder, lone, partner in (
         (images, masks, mask_dir, "image", "mask"),
         (masks, images, image_dir, "mask", "image"),
@@ -120,10 +121,12 @@ def require_pairs(images: Mapping[str, Path], masks: Mapping[str, object], image
             first = there[alone[0]]
             first = first[0] if isinstance(first, list | tuple) else first
             more = f" (and {len(alone) - 1} more like it)" if len(alone) > 1 else ""
-            raise UserError(
+            faults.append(
                 f"{first} is a{'n' if lone == 'image' else ''} {lone} without its {partner} in {folder}{more}: "
                 f"restore the {partner}, or remove the {lone}."
             )
+    if faults:
+        raise UserError(" ".join(faults))
     if not images:
         raise UserError(f"{image_dir} holds no image (png, jpg, tif, bmp or dcm): check data_root.")
 

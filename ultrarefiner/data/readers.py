@@ -288,7 +288,8 @@ class Folder(FileReader):
         about_columns: further ones that results are broken down by, such as device; "spacing" is a pixel's size in mm.
 
     A further lesion of ``images/a.png`` may lie in ``masks/a_1.png``, ``masks/a_2.png``, …, if there is no image of
-    that name. ``masks/a_mask.png`` is accepted for ``masks/a.png``.
+    that name. ``masks/a_mask.png`` is accepted for ``masks/a.png``, and nnU-Net's ``images/a_0000.png`` for
+    ``images/a.png``.
     """
 
     layout = ("images", "masks")
@@ -323,8 +324,10 @@ class Folder(FileReader):
     @staticmethod
     def _image_of(mask: str, images: dict[str, Path]) -> str:
         for stem in (mask, mask.removesuffix("_mask"), mask.rpartition("_")[0].removesuffix("_mask")):
-            if stem in images and (stem == mask or mask.endswith("_mask") or mask.rpartition("_")[2].isdecimal()):
-                return stem
+            if stem == mask or mask.endswith("_mask") or mask.rpartition("_")[2].isdecimal():
+                for name in (stem, f"{stem}_0000"):
+                    if name in images:
+                        return name
         return mask
 
     def _rows(self, root: Path, images: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -240,7 +240,8 @@ def summarise(
         reliabilities: see `calibrations`.
 
     Returns:
-        "cases", "patients", "columns"; "masks": of each mask "lesion" and "normal" (see `metrics.summarise`), "over"
+        "cases", "patients" (and cases "without_patient"), "columns";
+        "masks": of each mask "lesion" and "normal" (see `metrics.summarise`), "over"
         (each metric over the images with a lesion, see `statistics.over_cases`), "lesions" (see `lesions.summarise`)
         and "calibration"; "differences" of Dice to the coarse mask (see `statistics.paired`).
     """
@@ -259,7 +260,7 @@ def summarise(
         }
     return {
         "cases": len(rows),
-        "patients": len({(row["dataset"], row["patient"] or row["id"]) for row in rows}),
+        **people(rows),
         "columns": list(columns),
         "masks": masks,
         "differences": {
@@ -268,6 +269,12 @@ def summarise(
             if name != "coarse"
         },
     }
+
+
+def people(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many patients are named in rows of cases, and how many cases name none; for `tables.patients`."""
+    named = [(row["dataset"], row["patient"]) for row in rows if row.get("patient")]
+    return {"patients": len(set(named)), "without_patient": len(rows) - len(named)}
 
 
 def _spacing(case: Case, text: str | None) -> float | None:

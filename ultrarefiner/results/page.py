@@ -118,6 +118,7 @@ def _shown(group: Group, cases: Sequence[Row], drawn: set[int], gallery: int) ->
         "group": group,
         "by": list(statistics.breakdowns(group.rows, group.columns)),
         "unfair": [unfair(result.about["seen"]) for result in group.results if result.about.get("seen")],
+        "people": assessment.people(group.rows),
         "dice": statistics.over_cases(group.rows, f"{last}_dice"),
         "change": statistics.change(group.rows, "coarse_dice", f"{last}_dice") if both else None,
         "cases": cases,

@@ -195,6 +195,7 @@ def write(folder: Path, out: Path, title: str, most_pictures: int, gallery: int)
     # What an older version did not write is left blank.
     options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.ChainableUndefined, "trim_blocks": True}
     environment = jinja2.Environment(loader=loader, **options)
+    environment.filters["patients"] = tables.patients
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     html = environment.get_template("report.html").render(title=title, tables=made, **content)
     write_atomically(out / "index.html", html.encode("utf-8", "backslashreplace"))

@@ -40,7 +40,7 @@ def pack(
         bits: of the weights, see `narrowed`.
         more: called with the folder once the weights are in it; writes further files, which it returns.
         coarse: further runs or folders, whose coarse networks are averaged with that of `run`.
-        mirrored: whether coarse networks also see the mirrored image, see `Ensemble`.
+        mirrored: whether coarse networks also see the mirrored image, see `Ensemble`; a mean that does goes on so.
         share: in [0, 1], of the redrawn logits in the final ones, in place of the gate that was trained with.
 
     Returns:
@@ -115,7 +115,7 @@ def _average(
         "_target_": "ultrarefiner.models.ensemble.Ensemble",
         "members": networks,
         "sizes": sizes,
-        "mirrored": mirrored,
+        "mirrored": mirrored or any(json.loads(word["config"])["model"]["coarse"].get("mirrored") for word in words),
     }
     seen = [Seen.of_lists(json.loads(word["seen"])) for word in (*words, *said.values())]
     licences = {one for word in words for one in word.get("licence", "unknown").split(AND)}
