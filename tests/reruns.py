@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
+import jaxtyping
 import torch
 
 from ultrarefiner import files
@@ -90,6 +91,7 @@ def _run(said: Path, environment: dict[str, str], module: str, arguments: list[s
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
+    jaxtyping.config.update("jaxtyping_disable", True)  # as a user's process: what it computes is compared here
     sys.argv = [module, *arguments]
     importlib.import_module(module).main()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import cv2
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,13 +71,23 @@ def assert_bins(found: np.ndarray) -> None:
 # The Dice
 
 
+@pytest.fixture
+def unchecked():
+    """Without the checks of types, which cost more than the masks; the other tests have them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_bins_are_met_over_5000_random_lesions():
     masks = [blob(seed) for seed in range(500)]
     assert_bins(np.array([dice(simulate_failure(masks[seed % 500], seed), masks[seed % 500]) for seed in range(5000)]))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_bins_are_met_over_5000_masks_of_bus_bra():
     files = sorted((SHARED / "BUSBRA" / "Masks").glob("*.png"))
     if not files:

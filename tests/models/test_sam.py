@@ -247,6 +247,7 @@ def test_names_are_segment_anythings(family):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")  # never beside the other test that takes gigabytes
 def test_vit_b_at_full_size(tmp_path):
     """The real shape; its file is loaded by segment-anything's registry as it is."""
     ours = load_sam("vit_b", random_init=True)
@@ -266,10 +267,11 @@ def test_vit_b_at_full_size(tmp_path):
         embedding = ours.encode(image)
         torch.testing.assert_close(embedding, predictor.features, atol=1e-4, rtol=1e-4)
         logits, iou = ours.decode(embedding, **prompts)
-        torch.testing.assert_close(again.encode(ours.normalise(image)), embedding, atol=1e-5, rtol=1e-5)
     expected_logits, expected_iou = predict(predictor, 1024, prompts, 0)
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(iou, expected_iou, atol=1e-4, rtol=1e-4)
+    for (name, one), (other, two) in zip(again.state_dict().items(), ours.state_dict().items(), strict=True):
+        assert name == other and torch.equal(one, two)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from ultrarefiner.runs.plan import plan
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")  # never beside the other test that takes gigabytes
 def test_phase_three_of_the_published_pair_trains_saves_and_resumes_on_a_cpu(tmp_path, monkeypatch):
     """Random weights in files laid out like TransUNet's and Meta's; 512 px frames, SAM at 1024 px, within 8 GB."""
     monkeypatch.setattr(phantom, "VIEWS", 1)  # of a patient: each costs seconds
