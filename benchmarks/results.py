@@ -75,6 +75,11 @@ TUNED = {
 SECOND = {
     "coarse": "coarse network (Phase 1)",
     "phase2": "refined, after two epochs of Phase 2",
+    "mirrored_coarse": "coarse network, which also sees the mirrored image",
+    "mirrored": "that mean, refined by the same SAM",
+    "share": "the same with a share of SAM's logits of 0.3 in place of one half",
+    "coarse_e2e": "coarse network after one epoch of Phase 3",
+    "phase3": "refined, after that Phase 3",
 }
 """Of the test cases of another fold."""
 SHIPPED, ITS_COARSE = "share", "mirrored_coarse"

@@ -132,7 +132,7 @@ SOUND = {  # how it is made, and what the pixels must be
     "turned.jpg": (rotated, close(np.rot90(smooth(), -1), 6)),
     "a PNG.jpg": (lambda p: save(p, GREY, format="PNG"), exactly(GREY)),
     "grey.dcm": (lambda p: write_dicom(p, GREY), exactly(GREY)),
-    "negative.dcm": (lambda p: write_dicom(p, GREY, "MONOCHROME1"), exactly(GREY.max() - GREY)),
+    "negative.dcm": (lambda p: write_dicom(p, GREY, "MONOCHROME1"), exactly(255 - GREY)),
     "12 bits.dcm": (
         lambda p: write_dicom(p, GREY.astype(np.uint16) * 16, BitsStored=12, HighBit=11),
         close(GREY * (255 / GREY.max()), 1),
@@ -204,6 +204,13 @@ def test_a_window_treats_all_frames_alike(tmp_path):
     path = write_dicom(tmp_path / "clip.dcm", clip, frames=True, WindowCenter=120, WindowWidth=200)
     first, second = (pixels for pixels, _ in Scan(path, "clip.dcm", "clip", 2).read([0, 1]))
     assert second[0, 0] == 255 and (first != second).sum() == 1
+
+
+def test_negative_frames_are_turned_around_alike(tmp_path):
+    clip = np.stack([GREY, GREY // 2])
+    path = write_dicom(tmp_path / "clip.dcm", clip, "MONOCHROME1", frames=True)
+    for (found, _), given in zip(Scan(path, "clip.dcm", "clip", 2).read([0, 1]), clip, strict=True):
+        np.testing.assert_array_equal(found, 255 - given)
 
 
 def test_frames_come_one_by_one(tmp_path):

@@ -122,7 +122,8 @@ def frames(path: Path, header: "Dataset", indices: Iterable[int] | None = None) 
             grey = apply_voi_lut(apply_modality_lut(pixels, header) if rescaled else pixels, header)
             if not rescaled and pixels.dtype == np.uint8 and grey.dtype.kind == "f":  # of a window
                 grey = np.clip(np.round(grey), 0, 255).astype(np.uint8)
-            yield grey.max() - grey if kind == "MONOCHROME1" else grey  # there 0 is white
+            top = 255 if grey.dtype == np.uint8 else grey.max()  # 8 bits are used whole, in all frames alike
+            yield top - grey if kind == "MONOCHROME1" else grey  # there 0 is white
 
 
 def calibration(header: "Dataset") -> list[Region]:
