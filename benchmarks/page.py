@@ -212,7 +212,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "crops": (
         "Crops that take turns (`phase.crops`)",
         "Epochs of Phase 2, model=lite, roi=on, batch 4, eight masks a crop, augmentation on; after the first epoch, "
-        "which fills an empty cache. How many crops a long training needs was not measured.",
+        "which fills an empty cache. What the number of crops does to the result stands in [crops.md](crops.md).",
         crops,
     ),
     "embeddings": (
