@@ -22,11 +22,11 @@ $(DOCS): $(READY)
 demo: $(READY)  ## all three phases on simulated images, and the result as a table
 	$(BIN)/python -m ultrarefiner.train
 
-test: $(READY)  ## everything; three workers for two cores, as many tests wait for others' processes
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+test: $(READY)  ## everything
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY)  ## without the slow ones
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: $(READY)  ## what CI checks: ruff, its format, mypy
 	$(BIN)/ruff check .

@@ -15,10 +15,11 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
-import jaxtyping
 import torch
 
+import type_checks
 from ultrarefiner import files
 from ultrarefiner.runs import checkpoints
 
@@ -44,7 +45,8 @@ class Command:
         weakref.finalize(self, shutil.rmtree, self._said, ignore_errors=True)
         given = (self._said, dict(environment or os.environ), module, list(arguments))
         self._process = server.Process(target=_run, args=given)
-        self._process.start()
+        with mock.patch.dict(os.environ, {type_checks.SWITCH: "0"}):  # the server, should it start now, is as a user's
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -91,7 +93,6 @@ def _run(said: Path, environment: dict[str, str], module: str, arguments: list[s
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
-    jaxtyping.config.update("jaxtyping_disable", True)  # as a user's process: what it computes is compared here
     sys.argv = [module, *arguments]
     importlib.import_module(module).main()
 

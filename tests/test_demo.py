@@ -251,9 +251,12 @@ def address():
 
 
 def faults(page) -> list[list[str]]:
-    """What axe finds wrong in the accessibility of the page as it stands."""
+    """What axe finds wrong in the accessibility of the page, once it has come to rest."""
     script = "axe.run().then(found => found.violations.map(v => [v.id, ...v.nodes.map(n => n.html)]))"
-    return page.evaluate(script)
+    until = time.monotonic() + 30  # Gradio puts parts of the page in after the first ones can be clicked
+    while (found := page.evaluate(script)) and time.monotonic() < until:
+        page.wait_for_timeout(500)
+    return found
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import torch
 from hydra.utils import get_class
 from torch import Tensor
 
+import type_checks
 from conftest import compose
 from ultrarefiner.errors import UserError
 from ultrarefiner.models.embedding_cache import EmbeddingCache
@@ -169,7 +170,8 @@ def _encode_all(folder: Path) -> Tensor:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_folder(folder):
+def test_two_processes_share_a_folder(folder, monkeypatch):
+    monkeypatch.setenv(type_checks.SWITCH, "0")  # which take longer to import than this takes
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         found = list(processes.map(_encode_all, [folder, folder]))
     assert torch.equal(*found) and len(entries(folder)) == 12
