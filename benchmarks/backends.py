@@ -13,7 +13,6 @@ Below the table stands SAM's encoder alone, with torch.
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import tempfile
@@ -37,6 +36,7 @@ from ultrarefiner.data.folds import make_split
 from ultrarefiner.data.images import to_square
 from ultrarefiner.data.readers import BusBra, Reader
 from ultrarefiner.models.graph import write_int8
+from ultrarefiner.precision import FULL, HALF
 from ultrarefiner.results.metrics import overlap
 from ultrarefiner.segmenter import Segmenter
 
@@ -44,15 +44,10 @@ EAGER = "eager float32"
 
 
 class Backend:
-    """A pipeline, and the seconds that its SAM has taken of the processor.
+    """A pipeline, and the seconds that its SAM has taken of the processor."""
 
-    Args:
-        segmenter: the pipeline.
-        bfloat16: whether torch computes with that where it can.
-    """
-
-    def __init__(self, segmenter: Segmenter, bfloat16: bool = False) -> None:
-        self.segmenter, self.bfloat16, self.in_sam = segmenter, bfloat16, 0.0
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter, self.in_sam = segmenter, 0.0
         refine = segmenter.cascade.refine
 
         def refining(*args: Any, **kwargs: Any) -> Any:
@@ -63,8 +58,7 @@ class Backend:
         segmenter.cascade.refine = refining  # type: ignore[method-assign]
 
     def __call__(self, image: np.ndarray) -> Any:
-        with torch.autocast("cpu", torch.bfloat16) if self.bfloat16 else contextlib.nullcontext():
-            return self.segmenter(image)
+        return self.segmenter(image)
 
 
 class OpenVino:
@@ -206,7 +200,7 @@ def main() -> None:
     chosen = parser.parse_args()
     reader = BusBra(chosen.data_root)
     split = make_split(reader.cases(), 0)
-    eager = Segmenter.load(chosen.pair, "cpu")
+    eager = Segmenter.load(chosen.pair, "cpu", precision=FULL)
     sizes = {"coarse_image": eager.coarse_size, "image": eager.image_size}
     shown = Shown(reader, spread(split.train, chosen.calibration), sizes)
     with tempfile.TemporaryDirectory() as name:
@@ -219,10 +213,10 @@ def main() -> None:
                 precisions = {"f32": "float32"} | ({"bf16": "bfloat16"} if bfloat16() else {})
                 for precision, called in precisions.items():
                     pipelines[f"OpenVINO {called}"] = openvino(chosen.pair, precision)
-            backends = {EAGER: Backend(Segmenter.load(chosen.pair, "cpu"))}
-            backends |= {name: Backend(pipeline) for name, pipeline in pipelines.items()}
+            backends = {EAGER: Backend(Segmenter.load(chosen.pair, "cpu", precision=FULL))}
             if bfloat16():
-                backends["bfloat16 autocast"] = Backend(Segmenter.load(chosen.pair, "cpu"), bfloat16=True)
+                backends["eager bfloat16"] = Backend(Segmenter.load(chosen.pair, "cpu", precision=HALF))
+            backends |= {name: Backend(pipeline) for name, pipeline in pipelines.items()}
             for backend in backends.values():
                 backend(reader.read(split.train[0])[0])  # warm
             print(f"\n{threads} threads, {machine()}\n", flush=True)
