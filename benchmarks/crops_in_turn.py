@@ -42,6 +42,7 @@ def page(found: dict[str, list[list[dict[str, str]]]], seeds: list[int]) -> str:
             rows.append([name, str(seed), f"{float(epochs[0]['val/coarse/dice']):.4f}"])
             rows[-1] += [f"{float(epochs[number - 1][DICE]):.4f}" for number in (1, 2, 4, 6, 8)]
             rows[-1].append(f"{max(float(epoch[DICE]) for epoch in epochs):.4f}")
+    best = [float(row[-1]) for row in rows]
     header = ["", "seed", "coarse", *(f"epoch {number}" for number in (1, 2, 4, 6, 8)), "best epoch"]
     return (
         "# Crops that take turns: what they do to the result\n\n"
@@ -50,7 +51,7 @@ def page(found: dict[str, list[list[dict[str, str]]]], seeds: list[int]) -> str:
         f"masks of {LIMITS['val']} validation images, one simulated coarse mask each, the same ones for all. How much "
         "faster epochs are with crops that are kept stands in [performance.md](performance.md).\n\n"
         + table(header, rows)
-        + "\n"
+        + f"\n\nThe best epochs of all runs lie within {max(best) - min(best):.4f} of each other.\n"
     )
 
 
