@@ -201,7 +201,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "amx": (
         "bfloat16 on a processor with a unit for it (AMX)",
         "The same. A product of large matrices alone takes a fifth of float32's time there: what is left is everything "
-        "else, GELU, attention in small windows and the moving of data above all.",
+        "else, attention in small windows, depthwise convolutions and the moving of data above all.",
         bfloat16,
     ),
     "masks_per_image": (
