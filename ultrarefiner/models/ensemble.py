@@ -34,7 +34,8 @@ class Ensemble(nn.Module):
             return self._mean(image)
         views = torch.stack([image, image.flip(-1)]).flatten(0, 1)  # in one pass: half the graph, where it becomes one
         plain, turned = self._mean(views).unflatten(0, (2, -1))
-        return (plain + turned.flip(-1)) / 2
+        both: Tensor = (plain + turned.flip(-1)) / 2
+        return both
 
     def _mean(self, image: Float[Tensor, "B 1 C C"]) -> Float[Tensor, "B 2 C C"]:
         side, logits = image.shape[-1], []
