@@ -28,17 +28,18 @@ from ultrarefiner.runs import experiment, training
 
 WATCHERS = ("MetricsTable", "KeepCheckpoints", "Estimate", "Patience", "Interruption", "ProgressBar")
 START = """
-import sys, time
-import pytorch_lightning as pl
+import os, sys, time
+from ultrarefiner import extras, train
 def stop(self, *rest):
     print("first step", time.time())
     sys.stdout.flush()
-    import os
     os._exit(0)
-from ultrarefiner.phases.phase import Phase
-Phase.on_train_batch_end = stop
-from ultrarefiner.train import main
-main()
+def watched():  # where the command imports Lightning
+    as_ever()
+    from ultrarefiner.phases.phase import Phase
+    Phase.on_train_batch_end = stop
+as_ever, extras.import_lightning = extras.import_lightning, watched
+train.main()
 """
 
 

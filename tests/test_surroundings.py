@@ -322,3 +322,22 @@ class Own(Reader):
     sys.modules.pop("own_reader", None)
     lines = done.err.strip().splitlines()
     assert done.status == 1 and len(lines) == 1 and re.search(f"^error: .*(?:{sentence})", lines[0]), done.err
+
+
+def test_lightning_is_imported_without_what_nothing_here_uses():
+    code = """
+import sys
+from ultrarefiner import extras
+extras.import_lightning()
+import ultrarefiner.runs.experiment
+assert not {"torchvision", "matplotlib", "scipy.signal"} & set(sys.modules), "a second of each start"
+import torch, torchmetrics
+metric = torchmetrics.MeanMetric()  # what it has besides works
+metric.update(torch.ones(3))
+assert metric.compute() == 1
+from lightning_utilities.core.imports import RequirementCache, package_available
+assert package_available("scipy") and RequirementCache("scipy"), "as they are, for all that comes later"
+extras.import_lightning()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
-"""Packages that are only needed by some options."""
+"""Packages that are only needed by some options, or not at all."""
 
+import contextlib
 import importlib
 from types import ModuleType
 
@@ -22,3 +23,32 @@ def imported(module: str, package: str, extra: str) -> ModuleType:
         raise UserError(
             f"this needs the package {package} ({error}); install it: pip install 'ultrarefiner[{extra}]'."
         ) from error
+
+
+NOT_NEEDED = frozenset({"torchvision", "matplotlib", "scipy"})
+
+
+def import_lightning() -> None:
+    """Import Lightning a second sooner, in a process that trains.
+
+    Lightning imports all of torchmetrics, and that imports `NOT_NEEDED` where they are installed, for metrics that
+    nothing here uses. Here it finds them missing: torchmetrics is then without LPIPS, plots and the like, unless it was
+    imported before.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # other versions: then it takes longer
+        from lightning_utilities.core import imports
+
+        asked = ((imports, "package_available"), (imports.RequirementCache, "__bool__"))
+        originals = [getattr(*place) for place in asked]
+        found, met = originals
+        hidden = (
+            lambda name: name not in NOT_NEEDED and found(name),
+            lambda requirement: requirement.requirement not in NOT_NEEDED and met(requirement),
+        )
+        try:
+            for place, answer in zip(asked, hidden, strict=True):
+                setattr(*place, answer)
+            importlib.import_module("torchmetrics")
+        finally:
+            for place, answer in zip(asked, originals, strict=True):
+                setattr(*place, answer)

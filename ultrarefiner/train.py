@@ -6,7 +6,7 @@ needs torch is imported there, so that `--help`, `--cfg job` and completion are 
 
 from omegaconf import DictConfig
 
-from ultrarefiner import cli
+from ultrarefiner import cli, extras
 
 GROUPS = {
     "phase": "what is trained",
@@ -59,6 +59,7 @@ def help_text() -> str:
 def _train(cfg: DictConfig) -> str:
     names = " · ".join(str(cfg[group].name) for group in ("phase", "dataset", "model"))
     print(f"{names} · fold {cfg.fold} · seed {cfg.seed}: loading", flush=True)  # what follows imports torch, and reads
+    extras.import_lightning()
     from ultrarefiner.runs.experiment import run
     from ultrarefiner.runs.launch import processes
 

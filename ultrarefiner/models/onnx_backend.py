@@ -95,6 +95,9 @@ def _session(model: Any, inputs: list[str], outputs: list[str], path: Path) -> A
     try:
         known = {value.name for value in model.graph.value_info}
         model.graph.value_info.extend(value for value in model.graph.output if value.name not in known)
+        for node in model.graph.node:  # the number of images: the graph reads it from any input, all have the same
+            if node.op_type == "Shape" and node.input[0] in INPUTS and {one.i for one in node.attribute} == {0, 1}:
+                node.input[0] = inputs[0]
         part = utils.Extractor(model).extract_model(inputs, outputs)
         return runtime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own

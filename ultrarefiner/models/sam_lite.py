@@ -86,7 +86,7 @@ class LiteEncoder(ImageEncoder):
             for block in layer.blocks:
                 x = run_block(block, x, self.checkpointing)
             if layer.downsample is not None:
-                x = layer.downsample(x)
+                x = layer.downsample(x if x.ndim == 4 else _on_a_grid(x))
             stages.append(x)
         early, last = (_on_a_grid(stage) for stage in (stages[1], stages[-1]))
         return Embedding(self.neck(last), (early,)) if self.early else self.neck(last)

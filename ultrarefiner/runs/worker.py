@@ -5,12 +5,15 @@ import sys
 from omegaconf import DictConfig, OmegaConf
 
 from ultrarefiner.errors import UserError
-from ultrarefiner.runs.experiment import run
-from ultrarefiner.runs.launch import processes
+from ultrarefiner.extras import import_lightning
 
 
 def main() -> None:
     """Run the experiment of a configuration file in step with the first process."""
+    import_lightning()
+    from ultrarefiner.runs.experiment import run
+    from ultrarefiner.runs.launch import processes
+
     cfg = OmegaConf.load(sys.argv[1])
     assert isinstance(cfg, DictConfig)
     try:
