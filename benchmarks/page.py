@@ -212,7 +212,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Figures], str]]] = {
     "crops": (
         "Crops that take turns (`phase.crops`)",
         "Epochs of Phase 2, model=lite, roi=on, batch 4, eight masks a crop, augmentation on; after the first epoch, "
-        "which fills an empty cache. What the number of crops does to the result stands in [crops.md](crops.md).",
+        "which fills an empty cache. What the number of crops does to the result stands in "
+        "[masks_and_crops.md](masks_and_crops.md).",
         crops,
     ),
     "embeddings": (

@@ -19,7 +19,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 # has used threads cannot be forked: they would be missing, and waited for (`reruns.server`).
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+config.register = cache(config.register)  # once in a process, as in a user's, and not in each command
 gc.freeze()  # a tenth of the time went into looking through what was imported again and again
 
 

@@ -7,10 +7,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from conftest import compose
-from ultrarefiner.data.cases import Case
+from ultrarefiner.data.cases import Case, people
 from ultrarefiner.files import write_csv
 from ultrarefiner.results import metrics
-from ultrarefiner.results.assessment import Assessment, Drawn, people
+from ultrarefiner.results.assessment import Assessment, Drawn
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script><b>", "a'&amp;{{ 7*7 }}", "=cmd()")
 
@@ -72,7 +72,9 @@ def write_run(
             row |= {f"{which}_{metric}": value for metric, value in scores.items()}
         rows.append(row)
     write_csv(directory / "cases.csv", rows)
-    part = {"cases": len(rows), "classes": {"benign": 8, "malignant": 4}} | people(rows)
+    part = {"cases": len(rows), "classes": {"benign": 8, "malignant": 4}} | people(
+        [(row["dataset"], row["patient"]) for row in rows]
+    )
     summary = {
         "title": "made",
         "baseline": None,

@@ -5,7 +5,6 @@ by `_target_`, and may be a class of the user's own, is an open dictionary: its 
 one that it does not take is refused when it is built. Imports nothing that is slow."""
 
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -370,7 +369,6 @@ class SimulateConfig(PrepareConfig):
     output: str = "masks"
 
 
-@cache
 def register() -> None:
     """Make the schemas known to Hydra under the name `schema` of their groups."""
     store = ConfigStore.instance()

@@ -38,17 +38,10 @@ def import_lightning() -> None:
     with contextlib.suppress(ImportError, AttributeError):  # other versions: then it takes longer
         from lightning_utilities.core import imports
 
-        asked = ((imports, "package_available"), (imports.RequirementCache, "__bool__"))
-        originals = [getattr(*place) for place in asked]
-        found, met = originals
-        hidden = (
-            lambda name: name not in NOT_NEEDED and found(name),
-            lambda requirement: requirement.requirement not in NOT_NEEDED and met(requirement),
-        )
+        found, met = imports.package_available, imports.RequirementCache.__bool__
         try:
-            for place, answer in zip(asked, hidden, strict=True):
-                setattr(*place, answer)
+            imports.package_available = lambda name: name not in NOT_NEEDED and found(name)
+            imports.RequirementCache.__bool__ = lambda self: self.requirement not in NOT_NEEDED and met(self)  # type: ignore
             importlib.import_module("torchmetrics")
         finally:
-            for place, answer in zip(asked, originals, strict=True):
-                setattr(*place, answer)
+            imports.package_available, imports.RequirementCache.__bool__ = found, met  # type: ignore

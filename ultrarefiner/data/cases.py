@@ -1,5 +1,6 @@
 """What a data set consists of: cases, and what was left out of it and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,3 +51,13 @@ class Exclusion:
 
     what: str
     reason: str
+
+
+def people(cases: Sequence[tuple[str, str | None]]) -> dict[str, int]:
+    """How many patients are named, and how many cases name none; for `results.tables.patients`.
+
+    Args:
+        cases: of each case the data set and the patient.
+    """
+    named = [(dataset, patient) for dataset, patient in cases if patient]
+    return {"patients": len(set(named)), "without_patient": len(cases) - len(named)}

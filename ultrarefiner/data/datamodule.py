@@ -16,7 +16,7 @@ from ultrarefiner import ranks
 from ultrarefiner.data import folds as partition
 from ultrarefiner.data.augment import Augment
 from ultrarefiner.data.cache import Frames
-from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion
+from ultrarefiner.data.cases import HELD, PARTS, Case, Exclusion, people
 from ultrarefiner.data.dataset import Cases, EpochSampler, Simulator, Source, collate
 from ultrarefiner.data.folds import Limits, Split
 from ultrarefiner.data.index import Index
@@ -173,8 +173,7 @@ class DataModule(pl.LightningDataModule):
         parts = {
             part: {
                 "cases": len(self.split.part(part)),
-                "patients": len({(case.dataset, case.patient) for case in self.split.part(part) if case.patient}),
-                "without_patient": sum(not case.patient for case in self.split.part(part)),
+                **people([(case.dataset, case.patient) for case in self.split.part(part)]),
                 "classes": _count(case.label or "unknown" for case in self.split.part(part)),
             }
             for part in (*PARTS, *([HELD] if self.split.held else []))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from ultrarefiner.data.cases import Case
+from ultrarefiner.data.cases import Case, people
 from ultrarefiner.errors import UserError
 from ultrarefiner.files import number, write_atomically, write_csv
 from ultrarefiner.results import charts, lesions, metrics, outlines, pictures, statistics
@@ -260,7 +260,7 @@ def summarise(
         }
     return {
         "cases": len(rows),
-        **people(rows),
+        **people([(row["dataset"], row.get("patient")) for row in rows]),
         "columns": list(columns),
         "masks": masks,
         "differences": {
@@ -269,12 +269,6 @@ def summarise(
             if name != "coarse"
         },
     }
-
-
-def people(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many patients are named in rows of cases, and how many cases name none; for `tables.patients`."""
-    named = [(row["dataset"], row["patient"]) for row in rows if row.get("patient")]
-    return {"patients": len(set(named)), "without_patient": len(rows) - len(named)}
 
 
 def _spacing(case: Case, text: str | None) -> float | None:

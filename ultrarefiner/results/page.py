@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrarefiner.config import Config
+from ultrarefiner.data.cases import people
 from ultrarefiner.files import number, read_csv
 from ultrarefiner.results import assessment, outlines, pictures, statistics
 from ultrarefiner.results.found import OVER_RUNS, Found, differing
@@ -118,7 +119,7 @@ def _shown(group: Group, cases: Sequence[Row], drawn: set[int], gallery: int) ->
         "group": group,
         "by": list(statistics.breakdowns(group.rows, group.columns)),
         "unfair": [unfair(result.about["seen"]) for result in group.results if result.about.get("seen")],
-        "people": assessment.people(group.rows),
+        "people": people([(row["dataset"], row.get("patient")) for row in group.rows]),
         "dice": statistics.over_cases(group.rows, f"{last}_dice"),
         "change": statistics.change(group.rows, "coarse_dice", f"{last}_dice") if both else None,
         "cases": cases,
