@@ -40,7 +40,7 @@ def import_lightning() -> None:
 
         found, met = imports.package_available, imports.RequirementCache.__bool__
         try:
-            imports.package_available = lambda name: name not in NOT_NEEDED and found(name)
+            imports.package_available = lambda name: name not in NOT_NEEDED and found(name)  # type: ignore
             imports.RequirementCache.__bool__ = lambda self: self.requirement not in NOT_NEEDED and met(self)  # type: ignore
             importlib.import_module("torchmetrics")
         finally:
