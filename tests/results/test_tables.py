@@ -198,13 +198,13 @@ def test_summary_of_a_run(tmp_path, capsys):
     scores = {"dice": 0.81234, "iou": 0.7, "hd95": 12.345, "assd": 3.0}
     content = {
         "title": "e2e · [/red] · fold 0",
-        "baseline": {"test": {"coarse": scores}},
+        "baseline": {"test": {"coarse": scores}, "val": {"refined": {"dice": 0.8}}},
         "test": {"coarse": scores, "refined": {}},
         "differences": {
             "refined - coarse": {"mean": -0.0123, "low": -0.02, "high": 0, "p": 0.034, "worse": 0.25, "better": 0}
         },
         "seen": {"test_cases": 3, "first": "[/red]"},
-        "val": {},
+        "val": {"refined": {"dice": 0.7999}},
         "last_step": 4,
         "normal": {"cases": 2, "clean": {"coarse": 1, "refined": 2}},
         "data": {"test": {"cases": 7}},
@@ -219,6 +219,12 @@ def test_summary_of_a_run(tmp_path, capsys):
     assert (
         "2 of them are normal images, which no number above counts: coarse mask empty in 1, refined mask empty" in shown
     )
+    assert "No epoch refined the validation cases better: Dice 0.7999, before 0.8000." in shown
     assert "seen 3 of the test cases before, such as [/red]." in shown
     assert re.search(r"refined - coarse +-0\.0123 \[-0\.0200, \+0\.0000\] +0\.034 +25% +0%\n", shown)
     assert "\nrefined  " not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown
+
+    content["val"]["refined"]["dice"] = 0.8001
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    tables.summary(tmp_path, finished_before=True)
+    assert "No epoch" not in capsys.readouterr().out

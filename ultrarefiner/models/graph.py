@@ -3,6 +3,7 @@
 `python -m ultrarefiner.export format=[…]` writes it; `models.onnx_backend` runs the second one.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -61,10 +62,8 @@ def trace(cascade: Cascade, coarse_size: int, image_size: int) -> torch.export.E
     how: dict[str, Any] = {"dynamic_shapes": [{0: batch}] * len(shown)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with contextlib.suppress(Exception):  # the tracer has many of its own
             return torch.export.export(Graph(cascade), shown, **how, strict=False)
-        except Exception:  # the tracer has many of its own
-            pass
         try:  # reads the code of networks too, such as len(x), which the other takes for the same number always: slower
             return torch.export.export(Graph(cascade), shown, **how, strict=True)
         except Exception as error:
@@ -86,12 +85,11 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         imported(package, package, "onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names: dict[str, Any] = {"input_names": list(INPUTS), "output_names": list(OUTPUTS)}
+    how: dict[str, Any] = {"dynamo": True, "optimize": False, "opset_version": OPSET, "verbose": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            how: dict[str, Any] = {"dynamo": True, "optimize": False, "opset_version": OPSET, "verbose": False}
-            made = torch.onnx.export(program, (), **how, **names)
+            made = torch.onnx.export(program, (), input_names=list(INPUTS), output_names=list(OUTPUTS), **how)
             assert made is not None
             _tidy(made.model)
     except torch.onnx.OnnxExporterError as error:

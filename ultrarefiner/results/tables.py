@@ -167,6 +167,9 @@ def summary(directory: Path, finished_before: bool) -> None:
         print(f"{normal['cases']} of them are normal images, which no number above counts: {clean}")
     if content["differences"]:
         print(terminal(map(difference, *zip(*content["differences"].items(), strict=True)), width=width))
+    now, was = (part.get("refined") for part in (content["val"], (content["baseline"] or {}).get("val", {})))
+    if now and was and now["dice"] <= was["dice"]:
+        print(f"No epoch refined the validation cases better: Dice {now['dice']:.4f}, before {was['dice']:.4f}.")
     if content["seen"]:
         count, first = content["seen"]["test_cases"], content["seen"]["first"]
         print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
