@@ -80,7 +80,7 @@ def test_a_point_and_a_picture_open_their_case(visit):
     page.wait_for_function("document.querySelector('dialog').open")
     assert name.startswith(dialog.get_by_role("heading").inner_text())
     dialog.get_by_role("button", name="Close").click()
-    assert "#case" not in page.url
+    page.wait_for_function("!location.hash.includes('case')")  # once the dialog has told that it is closed
 
 
 def test_hostile_names_are_text_in_a_case_too(visit):
