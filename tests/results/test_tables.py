@@ -219,7 +219,7 @@ def test_summary_of_a_run(tmp_path, capsys):
     assert (
         "2 of them are normal images, which no number above counts: coarse mask empty in 1, refined mask empty" in shown
     )
-    assert "No epoch refined the validation cases better: Dice 0.7999, before 0.8000." in shown
+    assert "Validation cases are refined no better than before: Dice 0.7999, before 0.8000." in shown
     assert "seen 3 of the test cases before, such as [/red]." in shown
     assert re.search(r"refined - coarse +-0\.0123 \[-0\.0200, \+0\.0000\] +0\.034 +25% +0%\n", shown)
     assert "\nrefined  " not in shown and f"{tmp_path}/\n  cases.csv     every test case\n" in shown
@@ -227,4 +227,4 @@ def test_summary_of_a_run(tmp_path, capsys):
     content["val"]["refined"]["dice"] = 0.8001
     (tmp_path / "summary.json").write_text(json.dumps(content))
     tables.summary(tmp_path, finished_before=True)
-    assert "No epoch" not in capsys.readouterr().out
+    assert "refined no better" not in capsys.readouterr().out

@@ -18,7 +18,7 @@ from ultrarefiner import files
 
 pytestmark = pytest.mark.xdist_group(GROUP)
 
-KILLS = 6
+KILLS = 10
 KILLS_A_RUN = 4
 SETTINGS = [
     "dataset.reader.cases=12",

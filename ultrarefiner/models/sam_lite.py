@@ -85,7 +85,7 @@ class LiteEncoder(ImageEncoder):
         for layer in self.layers:
             for block in layer.blocks:
                 x = run_block(block, x, self.checkpointing)
-            if layer.downsample is not None:
+            if layer.downsample is not None:  # would put tokens on a grid by len(x), a constant for torch.export
                 x = layer.downsample(x if x.ndim == 4 else _on_a_grid(x))
             stages.append(x)
         early, last = (_on_a_grid(stage) for stage in (stages[1], stages[-1]))

@@ -169,7 +169,7 @@ def summary(directory: Path, finished_before: bool) -> None:
         print(terminal(map(difference, *zip(*content["differences"].items(), strict=True)), width=width))
     now, was = (part.get("refined") for part in (content["val"], (content["baseline"] or {}).get("val", {})))
     if now and was and now["dice"] <= was["dice"]:
-        print(f"No epoch refined the validation cases better: Dice {now['dice']:.4f}, before {was['dice']:.4f}.")
+        print(f"Validation cases are refined no better than before: Dice {now['dice']:.4f}, before {was['dice']:.4f}.")
     if content["seen"]:
         count, first = content["seen"]["test_cases"], content["seen"]["first"]
         print(f"Not a fair test: the weights have seen {count} of the test cases before, such as {first}.")
